@@ -1,0 +1,41 @@
+# One virtual environment, made on first use; remove .venv to start over.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install quickstart test test-slow lint clean
+
+help:
+	@echo "make quickstart   install, prepare a corpus, train a small model on two processes"
+	@echo "make test         the tests a contributor waits for"
+	@echo "make test-slow    the long ones too"
+	@echo "make lint         ruff and the import contracts"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<=2.13.0"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+data/quickstart/heldout.idx: | $(VENV)/.installed
+	$(BIN)/python launch/prepare.py "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \
+	  --glob '**/*.py' --exclude '**/site-packages/**' --train-tokenizer --vocab-size 4096 --holdout 2% --out data/quickstart
+
+quickstart: data/quickstart/heldout.idx
+	$(BIN)/torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.toml
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) data/quickstart runs/quickstart

@@ -1,0 +1,84 @@
+"""Train a model, or resume a run: `torchrun launch/pretrain.py CONFIG [section.key=value ...]`."""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.config import Config
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pretrain",
+        description="Train a model. The same command on an existing run resumes it.",
+        epilog="Exit codes: 0 finished, 2 bad input, 75 interrupted and saved, 76 hung, 77 diverged. "
+        "Keys are described in docs/configuration.md.",
+    )
+    parser.add_argument("config", help="a TOML preset, such as configs/quickstart.toml, or a run's config.toml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="e.g. optim.lr=1e-3 batch.sequences=64"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print sizes, memory and schedule; build nothing, write nothing"
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="number of processes a dry run supposes (default 1)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one launch; returns the exit code."""
+    arguments = parser().parse_intermixed_args(argv)
+    from launch.config import compose
+
+    try:
+        if arguments.world_size is not None and not arguments.dry_run:
+            raise ValueError("--world-size belongs to --dry-run; a real run takes its processes from torchrun")
+        if arguments.world_size is not None and arguments.world_size < 1:
+            raise ValueError(f"--world-size {arguments.world_size} is not 1 or more")
+        config = compose(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from runtime.observe.dry_run import report
+
+            print(report(config, arguments.world_size or 1))
+            return 0
+    except ValueError as error:
+        return _refuse(str(error))
+    return train(config)
+
+
+def train(config: "Config") -> int:
+    """Train on this process group until the end of the run, a signal or a fault; returns the exit code."""
+    from runtime.resilience.exits import BAD_INPUT, DIVERGED, FINISHED, INTERRUPTED
+    from runtime.resilience.startup import BadInput, process_group
+    from runtime.trainer import Outcome, open_trainer
+
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with process_group(config.run.timeout_seconds):
+        try:
+            with open_trainer(config) as trainer:
+                outcome = trainer.run()
+                summary = trainer.summary()
+        except BadInput as error:
+            _refuse(str(error))
+            return BAD_INPUT
+    if summary is not None:
+        from launch.closing import close
+
+        close(summary)
+    return {Outcome.FINISHED: FINISHED, Outcome.INTERRUPTED: INTERRUPTED, Outcome.DIVERGED: DIVERGED}[outcome]
+
+
+def _refuse(message: str) -> int:
+    """Say what is wrong with the input, once for all processes; returns exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""A run's configuration: sections, units and validation.
+
+Every section is a frozen pydantic model that refuses unknown keys. Token amounts are written as
+``2_000_000``, ``"2M"`` or ``"1.5B"``; where a share of the horizon makes sense, also as ``"10%"``.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from runtime.model.config import ModelConfig
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_AMOUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)", re.IGNORECASE)
+_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
+
+
+def parse_tokens(value: Any) -> int:
+    """Tokens from an integer, ``"250_000"``, ``"2M"`` or ``"1.5B"``. ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f'{value!r} is not a token count; write 2_000_000, "2M" or "1.5B"')
+    if isinstance(value, int):
+        amount: int | float = value
+    else:
+        match = _AMOUNT.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(f'{value!r} is not a token count; write 2_000_000, "2M" or "1.5B"')
+        amount = float(match[1].replace("_", "")) * _UNITS[match[2].upper()]
+        if amount != int(amount):
+            raise ValueError(f"{value!r} is not a whole number of tokens")
+    if amount < 0:
+        raise ValueError(f"{value!r} is negative; a token count is zero or more")
+    return int(amount)
+
+
+def parse_span(value: Any) -> int | str:
+    """Like `parse_tokens`, and a share of the horizon such as ``"10%"``, kept as text until resolved."""
+    if isinstance(value, str) and (match := _SHARE.fullmatch(value.strip())):
+        if float(match[1]) > 100:
+            raise ValueError(f"{value!r} is more than the whole horizon")
+        return f"{match[1]}%"
+    try:
+        return parse_tokens(value)
+    except ValueError as error:
+        raise ValueError(f'{error}, or a share of the horizon such as "10%"') from None
+
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens)]
+SPAN = BeforeValidator(parse_span)
+Span = Annotated[int | str, SPAN]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Identity and limits of the run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    until: Tokens | None = None
+    """Stop with a checkpoint here, before the horizon; the schedule does not move."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall-clock budget of one launch, after which it saves and ends."""
+    deterministic: bool = False
+    """Ask torch for repeatable kernels; slower on a GPU."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """A step, a save or an evaluation batch that makes no progress for this long is called hung."""
+
+
+class SourceConfig(Section):
+    """One tokenized corpus: the path of a Megatron `.bin`/`.idx` pair without its suffix."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class DataConfig(Section):
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    seq_len: Positive
+    tokenizer: str | None = None
+    """A `tokenizer.json`; by default the one beside the first source."""
+    document_mask: bool = False
+    """Attend within documents only, and do not train on the step from one document to the next."""
+    on_change: Literal["refuse", "switch"] = "refuse"
+    """When a run is resumed with other sources: refuse, or switch to them here and record the event."""
+    prefetch: Annotated[int, Field(ge=0)] = 2
+    """Batches prepared ahead in the background."""
+
+
+class EvaluationSetConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    path: str
+
+
+class EvaluationConfig(Section):
+    sets: list[EvaluationSetConfig] = []
+    every: Span = "10%"
+    max_sequences: Positive | None = None
+    micro_sequences: Positive | None = None
+    """Sequences a device evaluates at once; by default batch.micro_sequences."""
+
+    @field_validator("sets")
+    @classmethod
+    def _distinct(cls, sets: list[EvaluationSetConfig]) -> list[EvaluationSetConfig]:
+        names = [each.name for each in sets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"evaluation sets need distinct names, got {names}")
+        return sets
+
+
+class BatchConfig(Section):
+    sequences: Positive
+    """Sequences of the whole global batch."""
+    micro_sequences: Positive | None = None
+    """Sequences a device runs at once; by default its whole share of the batch."""
+
+
+class OptimConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    """Peak of the base learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    ema_half_life: Annotated[Tokens, Field(gt=0)] | None = None
+    """Half-life in tokens of an exponential moving average of the weights; none by default."""
+
+
+class ScheduleConfig(Section):
+    kind: Literal["constant", "cosine", "wsd"] = "wsd"
+    horizon: Annotated[Tokens, Field(gt=0)]
+    """Tokens at which the run ends."""
+    warmup: Span = "2%"
+    decay: Span = "20%"
+    """Length of the WSD tail."""
+    tail: Literal["linear", "1-sqrt", "cosine", "exponential"] = "1-sqrt"
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Last learning rate as a share of the peak."""
+
+
+class ParallelConfig(Section):
+    data_shard: Literal["auto"] | Positive = "auto"
+    """FSDP degree; "auto" takes the processes the other degrees leave."""
+    data_replicate: Positive = 1
+    """HSDP: replicas of the sharded group."""
+    tensor: Positive = 1
+    """Tensor-parallel degree, with sequence and loss parallelism."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision; "auto" is bf16 on a GPU and fp32 on a CPU. Parameters, reduction and optimizer are fp32."""
+    reshard_after_forward: bool = True
+
+
+class CheckpointConfig(Section):
+    every: Span = "10%"
+    keep_last: Positive = 2
+    keep_every: Span | None = None
+    """Also keep, for good, the first checkpoint at or past each multiple of this many tokens."""
+    dir: str | None = None
+    """A folder or fsspec URL; by default `checkpoints` in the run directory."""
+    asynchronous: bool = True
+
+
+class GuardConfig(Section):
+    """Steps that never reach the weights. Non-finite ones are always skipped."""
+
+    sigma: Annotated[float, Field(gt=0)] | None = None
+    """Skip a step whose loss or gradient norm lies this many deviations above the window's mean."""
+    window: Annotated[int, Field(ge=2)] = 128
+    max_consecutive: Positive = 8
+    on_spike: Literal["stop", "rollback"] = "stop"
+    """After max_consecutive skips: stop with a checkpoint, or go back to the last one and step over the samples."""
+
+
+class ObserveConfig(Section):
+    log_every: Positive = 10
+    """Steps between rows of metrics.jsonl."""
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Weights & Biases project; needs the `wandb` extra."""
+    health_every: Span | None = None
+    """Tokens between measurements of the model's health."""
+    profile_steps: tuple[Positive, Positive] | None = None
+    """First and last step to trace with torch's profiler."""
+    memory_snapshot: bool = False
+    """Record CUDA allocations over profile_steps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps {list(self.profile_steps)}: the first step is after the last")
+        if self.memory_snapshot and not self.profile_steps:
+            raise ValueError("memory_snapshot needs profile_steps, the steps to record")
+        return self
+
+
+class StartConfig(Section):
+    """Begin from another run's checkpoint; ignored once this run has one of its own."""
+
+    from_: str | None = Field(default=None, alias="from")
+    carry: Literal["all", "weights"] = "all"
+
+
+class Config(Section):
+    """All of a run. Build it with `launch.config.compose`; shares of the horizon are already tokens there."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    observe: ObserveConfig = ObserveConfig()
+    start: StartConfig = StartConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_shares(cls, raw: Any) -> Any:
+        """Turn every ``"10%"`` of a `Span` field, defaults too, into tokens; text elsewhere is left alone."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("schedule"), dict):
+            return raw
+        try:
+            horizon = parse_tokens(raw["schedule"].get("horizon"))
+        except ValueError:
+            return raw
+        resolved = dict(raw)
+        for name, field in cls.model_fields.items():
+            section = raw.get(name, {})
+            if isinstance(section, dict) and (spans := _resolved_spans(field.annotation, section, horizon)):
+                resolved[name] = section | spans
+        return resolved
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        schedule = self.schedule
+        ramp = schedule.warmup + (schedule.decay if schedule.kind == "wsd" else 0)
+        if ramp > schedule.horizon:
+            raise ValueError(
+                f"schedule.warmup and schedule.decay take {ramp:,} tokens, more than the horizon of {schedule.horizon:,}"
+            )
+        if schedule.kind == "wsd" and schedule.tail == "exponential" and schedule.final == 0:
+            raise ValueError('schedule.tail = "exponential" never reaches zero; give schedule.final above 0')
+        if self.run.until is not None and self.run.until > schedule.horizon:
+            raise ValueError(f"run.until = {self.run.until:,} lies past schedule.horizon = {schedule.horizon:,}")
+        return self
+
+
+def _resolved_spans(section: type[BaseModel], given: dict[str, Any], horizon: int) -> dict[str, int]:
+    """The shares of the horizon among a section's given and default values, in tokens."""
+    spans = {}
+    for key, field in section.model_fields.items():
+        value = given.get(key, field.default)
+        optional = any(SPAN in getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
+        if (
+            (optional or SPAN in field.metadata)
+            and isinstance(value, str)
+            and (match := _SHARE.fullmatch(value.strip()))
+        ):
+            if float(match[1]) <= 100:
+                spans[key] = round(horizon * float(match[1]) / 100)
+    return spans

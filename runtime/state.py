@@ -1,0 +1,93 @@
+"""What a checkpoint holds beside tensors, and how a run's tensors are named in it."""
+
+import base64
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from runtime.clock import Clock
+
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """The replicated part of a run's state: equal on every rank, and JSON in the checkpoint.
+
+    `position` is the next sample of the global order. It runs ahead of `clock.sequences` once a rollback
+    has stepped over a range of samples; `avoided` keeps those ranges as [first, past-the-last] pairs.
+    `batch_tokens` is the size of the last batch, so that what was due at this boundary is known.
+    """
+
+    clock: Clock = field(default_factory=Clock)
+    position: int = 0
+    batch_tokens: int = 0
+    segment: int = 0
+    flops: int = 0
+    avoided: list[list[int]] = field(default_factory=list)
+    mixture: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+
+    def next_position(self, sequences: int) -> int:
+        """First sample of the next batch: `position`, or past the avoided range that the batch would touch."""
+        position = self.position
+        for first, end in sorted(self.avoided):
+            if position < end and first < position + sequences:
+                position = end
+        return position
+
+    def advance(self, first_sample: int, sequences: int, seq_len: int, flops: int) -> None:
+        """Count one batch, trained on or skipped."""
+        self.clock = self.clock.advance(sequences, seq_len)
+        self.position = first_sample + sequences
+        self.batch_tokens = sequences * seq_len
+        self.flops += flops
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "TrainState":
+        """Inverse of `to_json`. ValueError if a field is missing or unknown."""
+        try:
+            return cls(**{**stored, "clock": Clock(**stored["clock"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"the checkpoint's training state is not of this version: {error}") from None
+
+
+def model_tensors(decoder: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their checkpoint names, ``model.<name>``."""
+    named = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    return {f"model.{name}": tensor.detach() for name, tensor in named.items()}
+
+
+def gather_generators() -> list[str]:
+    """Every rank's torch generator states, in base64; a collective."""
+    own = {"cpu": _encode(torch.get_rng_state())}
+    if torch.cuda.is_available():
+        own["cuda"] = _encode(torch.cuda.get_rng_state())
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, own)
+    return states
+
+
+def restore_generators(states: list[dict[str, str]]) -> None:
+    """Set this rank's generators; on another number of ranks there is nothing to restore them to."""
+    if len(states) != dist.get_world_size():
+        return
+    own = states[dist.get_rank()]
+    torch.set_rng_state(_decode(own["cpu"]))
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(own["cuda"]))
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
