@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(config: "Config") -> int:
     """Train on this process group until the end of the run, a signal or a fault; returns the exit code."""
     from runtime.resilience.exits import BAD_INPUT, DIVERGED, FINISHED, INTERRUPTED
-    from runtime.resilience.startup import BadInput, process_group
+    from runtime.startup import BadInput, process_group
     from runtime.trainer import Outcome, open_trainer
 
     if config.run.deterministic:

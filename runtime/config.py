@@ -247,7 +247,7 @@ class Config(Section):
         ramp = schedule.warmup + (schedule.decay if schedule.kind == "wsd" else 0)
         if ramp > schedule.horizon:
             raise ValueError(
-                f"schedule.warmup and schedule.decay take {ramp:,} tokens, more than the horizon of {schedule.horizon:,}"
+                f"schedule.warmup and schedule.decay take {ramp:,} tokens, more than the horizon {schedule.horizon:,}"
             )
         if schedule.kind == "wsd" and schedule.tail == "exponential" and schedule.final == 0:
             raise ValueError('schedule.tail = "exponential" never reaches zero; give schedule.final above 0')
@@ -262,11 +262,7 @@ def _resolved_spans(section: type[BaseModel], given: dict[str, Any], horizon: in
     for key, field in section.model_fields.items():
         value = given.get(key, field.default)
         optional = any(SPAN in getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
-        if (
-            (optional or SPAN in field.metadata)
-            and isinstance(value, str)
-            and (match := _SHARE.fullmatch(value.strip()))
-        ):
-            if float(match[1]) <= 100:
-                spans[key] = round(horizon * float(match[1]) / 100)
+        share = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if (optional or SPAN in field.metadata) and share and float(share[1]) <= 100:
+            spans[key] = round(horizon * float(share[1]) / 100)
     return spans

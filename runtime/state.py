@@ -27,6 +27,8 @@ class TrainState:
     batch_tokens: int = 0
     segment: int = 0
     flops: int = 0
+    skipped: int = 0
+    wall_time: float = 0.0
     avoided: list[list[int]] = field(default_factory=list)
     mixture: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)

@@ -1,0 +1,74 @@
+"""What a finished launch tells its user: where things are, how good the model is, what it writes, how to go on."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime.config import Config
+from runtime.observe.jsonl import read_rows
+
+PROMPTS = ("def ", "import ", "class ")
+
+
+def close(config: Config, command: list[str], outcome: str) -> None:
+    """Draw loss.png and print the closing lines of a launch; for one process, after training."""
+    folder = Path(config.run.dir) / config.run.name
+    unigram = unigram_loss(config)
+    plot = draw(folder, unigram)
+    print(f"\nrun            {folder}  ({outcome})")
+    if plot is not None:
+        print(f"loss curve     {plot}")
+    for row in last_evaluations(folder):
+        beside = f"; a unigram model has {unigram:.4f}" if unigram is not None else ""
+        bits = f", {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
+        print(f"held-out loss  {row['loss']:.4f} nats per token on {row['set']}{bits}{beside}")
+    if outcome == "finished":
+        show_samples(folder)
+    print(f"\nresume         {' '.join(shlex.quote(part) for part in command)}")
+    print(f"sample         python launch/sample.py {folder} --prompt 'def '")
+    if config.observe.tensorboard:
+        print(f"tensorboard    tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def unigram_loss(config: Config) -> float | None:
+    """The unigram model's loss that `prepare` recorded beside the first held-out set, if it did."""
+    for held_out in config.evaluation.sets:
+        try:
+            recorded = json.loads(Path(held_out.path + ".json").read_text(encoding="utf-8"))["unigram_loss"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return float(recorded)
+    return None
+
+
+def last_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The newest row of each evaluation set."""
+    newest = {row["set"]: row for row in read_rows(folder / "evaluations.jsonl")}
+    return list(newest.values())
+
+
+def draw(folder: Path, unigram: float | None) -> Path | None:
+    """loss.png, or None with a warning if there is nothing to draw or no way to."""
+    from runtime.observe.plot import loss_plot
+
+    try:
+        return loss_plot(folder, unigram_loss=unigram)
+    except (OSError, ValueError) as error:
+        print(f"no loss curve: {error}", file=sys.stderr)
+        return None
+
+
+def show_samples(folder: Path) -> None:
+    """A few lines the model writes; a model without a tokenizer writes none."""
+    from launch.sample import sample_lines
+
+    try:
+        lines = sample_lines(folder, PROMPTS, max_tokens=48, seed=0)
+    except ValueError as error:
+        print(f"no samples: {error}", file=sys.stderr)
+        return
+    print("\nsampled:")
+    for line in lines:
+        print("\n".join(f"    {part}" for part in line.rstrip().splitlines()) + "\n    " + "-" * 40)

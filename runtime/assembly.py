@@ -1,0 +1,227 @@
+"""From a configuration to a trainer: everything opened, checked, built, loaded and in its place."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from runtime.checkpoint.store import CheckpointStore
+from runtime.config import Config
+from runtime.data.evaluation_set import EvaluationSet
+from runtime.data.loader import Loader
+from runtime.data.mixture import MixtureHistory
+from runtime.data.tokens import TokenFile
+from runtime.model.counts import flops_per_token
+from runtime.model.decoder import Decoder
+from runtime.observe.devices import peak
+from runtime.observe.identity import SourceIdentity, identity, with_segment
+from runtime.observe.jsonl import read_rows
+from runtime.observe.metrics import MetricsWriter, check_available
+from runtime.observe.run_directory import RunDirectory
+from runtime.optim.adamw import AdamW
+from runtime.optim.ema import EMA
+from runtime.parallel.mesh import Layout, Mesh, build, plan_layout
+from runtime.parallel.parallelize import compute_dtype, materialize, parallelize
+from runtime.persistence import Persistence, text_fingerprint
+from runtime.reporting import Reporter
+from runtime.resilience.guard import StepGuard
+from runtime.resilience.signals import Interruption
+from runtime.resilience.watchdog import Watchdog
+from runtime.resume import refuse_changes
+from runtime.startup import agree
+from runtime.state import TrainState
+from runtime.trainer import Trainer
+from schedulers.learning_rate import build as build_schedule
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, opened and checked, before a process has built or written anything."""
+
+    layout: Layout
+    sources: list[tuple[TokenFile, float]]
+    held_out: dict[str, EvaluationSet]
+    tokenizer: str | None
+
+
+def open_inputs(config: Config, world_size: int) -> Inputs:
+    """ValueError naming the first key or file that cannot be used."""
+    check_available(config.observe)
+    data, vocab_size = config.data, config.model.vocab_size
+    layout = plan_layout(config.parallel, world_size, config.model, data.seq_len, config.batch.sequences)
+    sources = [(TokenFile(each.path), each.weight) for each in data.sources]
+    for source, _ in sources:
+        source.check_vocabulary(vocab_size)
+    held_out = {
+        each.name: EvaluationSet(
+            each.path,
+            data.seq_len,
+            vocab_size,
+            max_sequences=config.evaluation.max_sequences,
+            document_mask=data.document_mask,
+        )
+        for each in config.evaluation.sets
+    }
+    MixtureHistory(sources, config.run.seed, data.seq_len)
+    return Inputs(layout, sources, held_out, read_tokenizer(config))
+
+
+def read_tokenizer(config: Config) -> str | None:
+    """Text of the tokenizer.json that the configuration names, or that lies beside the first source."""
+    named = config.data.tokenizer
+    path = Path(named) if named else Path(config.data.sources[0].path).parent / "tokenizer.json"
+    if named is None and not path.exists():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.tokenizer: cannot read {path}: {error}") from None
+
+
+def open_history(inputs: Inputs, config: Config, saved: dict[str, Any], position: int) -> tuple[MixtureHistory, bool]:
+    """The run's mixture over time, and whether it changes here.
+
+    `saved` is the history of a loaded checkpoint, empty for a new run. Files may have moved: they are known by their
+    fingerprints. ValueError if the sources differ from those in force and `data.on_change` does not allow it.
+    """
+    if not saved:
+        return MixtureHistory(inputs.sources, config.run.seed, config.data.seq_len), False
+    at_hand = {source.fingerprint: source for source, _ in inputs.sources}
+    was = {each["path"]: each["fingerprint"] for stage in saved["stages"] for each in stage["sources"]}
+    history = MixtureHistory.from_json(saved, lambda path: at_hand.get(was[path]) or TokenFile(path))
+    renewed = MixtureHistory(inputs.sources, config.run.seed, config.data.seq_len).to_json()["stages"][0]["sources"]
+    in_force = saved["stages"][-1]["sources"]
+    if _mixture(renewed) == _mixture(in_force):
+        return history, False
+    if config.data.on_change == "refuse":
+        raise ValueError(
+            f"data.sources are {_told(renewed)}, but the run was trained on {_told(in_force)}; put them back, or set "
+            'data.on_change = "switch" to change the mixture from here on'
+        )
+    history.change(position, inputs.sources)
+    return history, True
+
+
+def _mixture(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(each["fingerprint"], each["weight"]) for each in sources]
+
+
+def _told(sources: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{each['path']} x {each['weight']} ({each['fingerprint'][:8]})" for each in sources)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint a launch begins from: its own run's newest, or another's."""
+
+    store: CheckpointStore
+    name: str
+    carry: Literal["own", "all", "weights"]
+    description: dict[str, Any]
+
+
+def find_origin(config: Config, own: CheckpointStore, stack: ExitStack) -> Origin | None:
+    """The newest checkpoint of this run, else the one that `start.from` names, else None; a collective.
+
+    ValueError if there are checkpoints and none is intact, or `start.from` leads to none.
+    """
+    name = own.newest()
+    if name is not None:
+        return Origin(own, name, "own", own.read_state(name))
+    if config.start.from_ is None:
+        return None
+    location, name = locate(config.start.from_)
+    other = CheckpointStore(location, read_only=True)
+    stack.callback(other.close)
+    name = name or other.newest()
+    if name is None:
+        raise ValueError(f"start.from = {config.start.from_!r}: no checkpoint there")
+    return Origin(other, name, config.start.carry, other.read_state(name))
+
+
+def locate(path: str) -> tuple[str, str | None]:
+    """Where the checkpoints of a path lie, and the one it names, if it names one: a checkpoint's folder, a run's,
+    or the folder of a run's checkpoints; each may be an fsspec URL."""
+    parent, _, last = path.rstrip("/").rpartition("/")
+    if parse(last):
+        return parent or ".", last
+    is_run = "://" in path or (Path(path) / "checkpoints").is_dir()
+    return (f"{path.rstrip('/')}/checkpoints" if is_run and last != "checkpoints" else path), None
+
+
+def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tuple[TrainState, MixtureHistory, bool]:
+    """Clock, data order, and whether the mixture changes here. ValueError for what may not change on the way."""
+    if origin is None:
+        return TrainState(), *open_history(inputs, config, {}, 0)
+    stored = origin.description
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"{origin.name}: format {stored.get('format')!r} is not known; this version reads {FORMAT}")
+    where = f"checkpoint {origin.name}"
+    if origin.carry == "own":
+        refuse_changes(stored["config"], config, where)
+    elif stored["model"] != config.model.model_dump(mode="json"):
+        raise ValueError(f"start.from: the model in {where} is {stored['model']}, not the one configured")
+    if origin.carry == "weights":
+        return TrainState(lineage=[parent_of(origin)]), *open_history(inputs, config, {}, 0)
+    state = TrainState.from_json(stored["train"])
+    if origin.carry == "all":
+        state.lineage = [*state.lineage, parent_of(origin)]
+    return state, *open_history(inputs, config, state.mixture, state.position)
+
+
+def parent_of(origin: Origin) -> dict[str, Any]:
+    """What a run remembers of the checkpoint it began from."""
+    train = origin.description["train"]
+    return {
+        "checkpoint": f"{origin.store.location}/{origin.name}",
+        "run": origin.description["config"].get("run", {}).get("name"),
+        "carry": origin.carry,
+        "tokens": train["clock"]["tokens"],
+        "flops": train["flops"],
+    }
+
+
+@contextmanager
+def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
+    """A trainer at the newest checkpoint of its run, or at the start of a new one; a collective.
+
+    BadInput, on every rank and before anything is written, for what the user can put right. `config_text` is the
+    configuration as the run directory keeps it.
+    """
+    with ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
+        watchdog.beat(0, "opening the data")
+        inputs = agree(lambda: open_inputs(config, dist.get_world_size()))
+        mesh = build(inputs.layout, "cuda" if torch.cuda.is_available() else "cpu")
+        run_path = Path(config.run.dir) / config.run.name
+        watchdog.beat(0, "looking for checkpoints")
+        try:
+            store = CheckpointStore(config.checkpoint.dir or str(run_path / "checkpoints"))
+            stack.callback(store.close)
+            origin = find_origin(config, store, stack)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        state, history, changed = agree(lambda: restore_state(config, inputs, origin))
+        interruption.exit_if_asked()
+
+        watchdog.beat(state.clock.step, "building the model")
+        parts = build_parts(config, mesh, store, inputs)
+        if origin is not None:
+            watchdog.beat(state.clock.step, "loading a checkpoint")
+            try:
+                load(parts, origin)
+            except ValueError as error:
+                raise BadInput(str(error)) from error
+        interruption.exit_if_asked()
+
+        parts.persistence.pin_origin(origin)
+        writer = start_writing(config, config_text, inputs, mesh, run_path, state, history, origin, stack)
+        reporter = Reporter(config, mesh, writer, state)
+        yield Trainer()

@@ -1,0 +1,81 @@
+"""Grouped-query causal self-attention."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from runtime.model.cache import KeyValueCache
+from runtime.model.config import ModelConfig
+from runtime.model.linear import Linear
+from runtime.model.normalization import RMSNorm
+from runtime.model.rotary import rotate
+
+
+class Probe(Protocol):
+    """What `Decoder.forward` tells an observer; None in training."""
+
+    def depth_output(self, depth: int, x: Tensor) -> None: ...
+
+    def attention_logits(self, depth: int, maximum: Tensor) -> None: ...
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary embedding and optional QK-norm.
+
+    The number of heads is read from the projections' outputs, so that a shard of the heads is an attention too.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.q_proj = Linear(hidden, config.num_heads * self.head_dim)
+        self.k_proj = Linear(hidden, config.num_kv_heads * self.head_dim)
+        self.v_proj = Linear(hidden, config.num_kv_heads * self.head_dim)
+        self.o_proj = Linear(config.num_heads * self.head_dim, hidden)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: KeyValueCache | None = None,
+        probe: Probe | None = None,
+        depth: int = 0,
+    ) -> Tensor:
+        """x [b, s, hidden], cos and sin [s, head_dim], mask boolean broadcastable to [b, heads, s, keys], None for
+        causal; the result is [b, s, hidden]."""
+        batch, length = x.shape[:2]
+        query = self.q_proj(x).view(batch, length, -1, self.head_dim)
+        key = self.k_proj(x).view(batch, length, -1, self.head_dim)
+        value = self.v_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, cos, sin).transpose(1, 2)
+        key = rotate(key, cos, sin).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.extend(depth, key, value)
+        if probe is not None:
+            probe.attention_logits(depth, largest_logit(query, key, mask))
+        y = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+@torch.no_grad()
+def largest_logit(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Largest visible entry of query @ key^T / sqrt(head_dim), in float32, one sequence at a time."""
+    groups = query.shape[1] // key.shape[1]
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    mask = mask.expand(query.shape[0], 1, -1, -1)
+    largest = []
+    for queries, keys, visible in zip(query, key, mask, strict=True):
+        logits = queries.float() @ keys.float().repeat_interleave(groups, 0).mT
+        largest.append(logits.masked_fill_(~visible, -torch.inf).amax())
+    return torch.stack(largest).amax() * query.shape[-1] ** -0.5

@@ -1,0 +1,85 @@
+"""Cross-entropy of a linear head without the full logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from runtime.model.linear import product, product_over_rows
+
+IGNORE = -100
+"""A target that is not predicted."""
+
+
+class Loss(NamedTuple):
+    """Sums over the valid targets, in float32 (float64 for a float64 model); the training loss is their sum, and only
+    the sum may be differentiated."""
+
+    cross_entropy: Tensor
+    z: Tensor
+
+
+class LinearCrossEntropy(nn.Module):
+    """Cross-entropy of hidden @ weight^T, a chunk of positions at a time, gradients included.
+
+    The gradients are computed in the forward while a chunk's logits exist, so that at most `chunk_elements` logits
+    ever do (and a copy in the hidden state's precision). Logits are rounded to the hidden state's precision, all that
+    follows is float32 or better.
+    """
+
+    def __init__(self, chunk_elements: int | None = None):
+        super().__init__()
+        self.chunk_elements = chunk_elements
+
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Loss:
+        """hidden [n, h], weight [V, h], targets [n] with IGNORE where there is none; z_loss weights the squared
+        log-normaliser (PaLM, arXiv 2204.02311, section 5)."""
+        rows = self.chunk_rows(hidden.device, weight.shape[0])
+        needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        return Loss(*_LinearCrossEntropy.apply(hidden, weight, targets, z_loss, rows, needs_gradient))
+
+    def chunk_rows(self, device: torch.device, vocab_size: int) -> int:
+        """Positions in a chunk. By default a CPU's chunk of logits stays in its cache, where that leaves enough rows
+        for a matrix product, and a GPU's has 512 MiB in float32."""
+        if self.chunk_elements is not None:
+            return max(1, self.chunk_elements // vocab_size)
+        return max(64, (2**20 if device.type == "cpu" else 2**27) // vocab_size)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, z_loss, rows, needs_gradient):
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        cross_entropy, z = hidden.new_zeros(2, dtype=exact).unbind()
+        hidden_grad = torch.empty_like(hidden) if needs_gradient else None
+        weight_grad = torch.zeros_like(weight, dtype=exact) if needs_gradient else None
+        for start in range(0, len(hidden), rows):
+            chunk = hidden[start : start + rows]
+            index = targets[start : start + rows].unsqueeze(1)
+            valid = (index != IGNORE).to(exact)
+            index = index.where(index != IGNORE, 0)
+            logits = product(chunk, weight).to(exact)
+            target = logits.gather(1, index)
+            largest = logits.amax(1, keepdim=True)
+            exponentials = logits.sub_(largest).exp_()
+            total = exponentials.sum(1, keepdim=True)
+            normaliser = total.log() + largest
+            cross_entropy += ((normaliser - target) * valid).sum()
+            z += (normaliser.square() * valid).sum() * z_loss
+            if needs_gradient:
+                gradient = exponentials.mul_(valid * (1 + 2 * z_loss * normaliser) / total)
+                gradient = gradient.scatter_add_(1, index, -valid).to(hidden.dtype)
+                hidden_grad[start : start + rows] = product(gradient, weight.mT)
+                weight_grad += product_over_rows(gradient, chunk)
+        if needs_gradient:
+            ctx.save_for_backward(hidden_grad, weight_grad)
+            ctx.dtypes = hidden.dtype, weight.dtype
+        return cross_entropy, z
+
+    @staticmethod
+    def backward(ctx, outer, outer_z):
+        gradients = (
+            torch.mul(grad, outer, out=torch.empty_like(grad, dtype=dtype))
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *gradients, None, None, None, None

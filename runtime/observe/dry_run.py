@@ -1,0 +1,173 @@
+"""What a run would be, without running it."""
+
+import io
+import math
+import os
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from runtime.config import Config
+from runtime.model.counts import count, flops_per_token
+from runtime.observe.memory import MemoryEstimate, estimate, micro_batches
+from runtime.parallel.mesh import Layout, plan_layout
+from runtime.parallel.parallelize import compute_dtype
+from schedulers import learning_rate
+
+_MEANING = {
+    "parameters": "fp32 shards",
+    "gradients": "fp32 shards, and those on their way there",
+    "optimizer": "moments, fp32",
+    "ema": "average of the weights, fp32",
+    "gathered": "whole parameters of the units in use",
+    "activations": "kept for the backward, or in use",
+    "logits": "the loss's chunk, and its gradients",
+}
+
+
+def report(config: Config, world_size: int, *, device_type: str | None = None) -> str:
+    """Sizes, memory, layout and schedule of `config` on `world_size` processes, as text.
+
+    The decoder is built under its whole parallel plan on a fake process group, and one step is traced
+    for its memory; no data is read and nothing is written. device_type: "cpu" or "cuda"; by default GPUs
+    are supposed where there is one here, where bf16 is asked for, and for more processes than this
+    machine has cores. ValueError for a layout that cannot be built.
+    """
+    batch = config.batch.sequences
+    layout = plan_layout(config.parallel, world_size, config.model, config.data.seq_len, batch)
+    device_type = device_type or _supposed_device(config, world_size)
+    memory = estimate(config, layout, device_type=device_type)
+    sections = [
+        _section("Model", _model(config)),
+        _section("Layout", _layout(config, layout, device_type)),
+        _section("Run", _run(config)),
+        _section("Memory of a device at its fullest", _memory(config, memory, layout)),
+        _section("Schedule", _schedule(config)),
+    ]
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(Text(f"{config.run.name}: dry run of {_processes(world_size)}, nothing is written\n"), *sections)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _supposed_device(config: Config, world_size: int) -> str:
+    wanted = config.parallel.precision == "bf16" or world_size > (os.cpu_count() or 1)
+    return "cuda" if torch.cuda.is_available() or wanted else "cpu"
+
+
+def _model(config: Config) -> Table:
+    counts, flops = count(config.model), flops_per_token(config.model, config.data.seq_len)
+    return _pairs(
+        ("parameters", f"{counts.total:,}", ""),
+        ("  without embeddings", f"{counts.non_embedding:,}", ""),
+        ("  active per token", f"{counts.active:,}", ""),
+        ("unrolled depth", f"{counts.unrolled_depth:,}", "blocks a token passes through"),
+        ("FLOPs per token", f"{flops:.4g}", f"forward and backward, sequences of {config.data.seq_len:,}"),
+    )
+
+
+def _layout(config: Config, layout: Layout, device_type: str) -> Table:
+    parallel = config.parallel
+    number, sequences = micro_batches(config, layout)
+    device = {"cpu": "on a CPU", "cuda": "on a GPU"}[device_type]
+    return _pairs(
+        ("data shards (FSDP)", f"{layout.data_shard}", ""),
+        ("data replicas (HSDP)", f"{layout.data_replicate}", ""),
+        ("tensor parallel", f"{layout.tensor}", ""),
+        (
+            "micro-batches",
+            f"{number}",
+            f"of {sequences} sequences, {sequences * config.data.seq_len:,} tokens",
+        ),
+        ("recomputation", parallel.recompute, "compiled blocks" if parallel.compile else "eager"),
+        ("precision", str(compute_dtype(parallel.precision, torch.device(device_type))).removeprefix("torch."), device),
+    )
+
+
+def _run(config: Config) -> Table:
+    batch_tokens = config.batch.sequences * config.data.seq_len
+    horizon, until = config.schedule.horizon, config.run.until or config.schedule.horizon
+    flops = flops_per_token(config.model, config.data.seq_len)
+    steps = math.ceil(until / batch_tokens)
+    stop = f"stops at run.until, of a horizon of {horizon:,}" if until < horizon else ""
+    return _pairs(
+        ("tokens", f"{steps * batch_tokens:,}", stop),
+        ("batch", f"{batch_tokens:,} tokens", f"{config.batch.sequences:,} sequences of {config.data.seq_len:,}"),
+        ("steps", f"{steps:,}", ""),
+        ("FLOPs per step", f"{flops * batch_tokens:.4g}", ""),
+        ("FLOPs", f"{flops * batch_tokens * steps:.4g}", "of the whole run"),
+        ("checkpoints", *_cadence(config.checkpoint.every, until)),
+        ("evaluations", *_evaluations(config, until)),
+    )
+
+
+def _cadence(every: int, until: int) -> tuple[str, str]:
+    """How often, and how many multiples of `every` there are up to the end, the end itself included."""
+    return (f"{math.ceil(until / every):,}", f"every {every:,} tokens") if every else ("1", "at the end")
+
+
+def _evaluations(config: Config, until: int) -> tuple[str, str]:
+    names = [each.name for each in config.evaluation.sets]
+    if not names:
+        return "0", "no evaluation sets"
+    number, often = _cadence(config.evaluation.every, until)
+    return number, f"{often}: {', '.join(names)}"
+
+
+def _memory(config: Config, memory: MemoryEstimate, layout: Layout) -> Table:
+    table = _table("", "GiB", "")
+    for kind, size in memory.by_kind.items():
+        if size or kind != "ema":
+            table.add_row(kind, _gib(size), _MEANING[kind])
+    table.add_row("total", _gib(memory.total), f"{_gib(memory.total * layout.world_size)} GiB over all devices")
+    if config.parallel.compile:
+        table.add_row("", "", "activations as without compilation, which keeps fewer")
+    return table
+
+
+def _schedule(config: Config) -> Table:
+    schedule, batch_tokens = config.schedule, config.batch.sequences * config.data.seq_len
+    rate = learning_rate.build(
+        schedule.kind,
+        peak=config.optim.lr,
+        warmup=schedule.warmup,
+        horizon=schedule.horizon,
+        decay=schedule.decay,
+        tail=schedule.tail,
+        final=schedule.final,
+    )
+    table = _table("", "tokens", "step", "learning rate")
+    for tokens, label, value in rate.landmarks():
+        table.add_row(label, f"{tokens:,}", f"{math.ceil(tokens / batch_tokens):,}", f"{value:.4g}")
+    return table
+
+
+def _processes(world_size: int) -> str:
+    return "1 process" if world_size == 1 else f"{world_size:,} processes"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f}" if size >= 2**28 else f"{size / 2**30:,.4f}"
+
+
+def _pairs(*rows: tuple[str, str, str]) -> Table:
+    table = _table("", "", "")
+    table.show_header = False
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    table.add_column(first, min_width=22)
+    for place, column in enumerate(columns):
+        last_words = column == "" and place == len(columns) - 1
+        table.add_column(column, justify="left" if last_words else "right", min_width=0 if last_words else 14)
+    return table
+
+
+def _section(title: str, table: Table) -> Any:
+    return Group(Text(title, style="bold"), table, Text(""))

@@ -1,0 +1,95 @@
+"""Signs of a model's health, measured on a cadence of their own."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from runtime.model.parametrization import role
+
+
+class HealthProbe:
+    """Listens to one forward: RMS of each depth's output and its largest attention logit.
+
+    Pass it as `probe` to `Decoder.forward`. A sequence-parallel depth output is this rank's part of the
+    sequence; sums over ranks make the mean square right for parts and for copies alike.
+    """
+
+    def __init__(self) -> None:
+        self._squares: dict[int, Tensor] = {}
+        self._largest: dict[int, Tensor] = {}
+
+    def depth_output(self, depth: int, x: Tensor) -> None:
+        x = _local(x).detach().float()
+        self._squares[depth] = torch.stack((x.square().sum(dtype=torch.float64), x.new_tensor(x.numel()).double()))
+
+    def attention_logits(self, depth: int, maximum: Tensor) -> None:
+        self._largest[depth] = _local(maximum).detach().float()
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, list[float]]:
+        """`depth_rms` and `max_attention_logit`, a number for each unrolled depth, equal on every rank.
+
+        `group` holds all ranks of the run (None: the default group). A collective.
+        """
+        depths = sorted(self._squares)
+        squares = torch.stack([self._squares[depth] for depth in depths])
+        largest = torch.stack([self._largest[depth] for depth in depths])
+        dist.all_reduce(squares, dist.ReduceOp.SUM, group=group)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        rms = [math.sqrt(total / count) for total, count in squares.tolist()]
+        return {"depth_rms": rms, "max_attention_logit": largest.tolist()}
+
+
+@torch.no_grad()
+def measure(
+    decoder: nn.Module, tokens: Tensor, document_ids: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> dict[str, list[float]]:
+    """One extra forward of this rank's `tokens` [b, s] under a probe; a collective over the whole run."""
+    probe = HealthProbe()
+    decoder(tokens, document_ids=document_ids, targets=tokens, probe=probe)
+    return probe.reduce(group)
+
+
+class UpdateRatio:
+    """Norm of one step's parameter change over the norm of the parameters, by role.
+
+    Built before the step, with a copy of this rank's shards that lives until `measure`. A healthy AdamW
+    run shows about its learning rate divided by the parameters' RMS.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]):
+        self._parameters = list(named_parameters)
+        self._before = [_local(parameter).detach().clone() for _, parameter in self._parameters]
+
+    @torch.no_grad()
+    def measure(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """The ratio of each role, equal on every rank; 0 for a skipped step. A collective over the whole run."""
+        roles = sorted({role(name) for name, _ in self._parameters})
+        device = self._before[0].device
+        sums = torch.zeros(len(roles), 2, dtype=torch.float64, device=device)
+        for (name, parameter), before in zip(self._parameters, self._before, strict=True):
+            after = _local(parameter).detach()
+            squares = torch.stack([(after - before).double().square().sum(), before.double().square().sum()])
+            # Each element is held by `world / shards` ranks, on whichever axes it is replicated.
+            sums[roles.index(role(name))] += squares * _shards(parameter)
+        self._before = []
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
+        return {
+            str(each): math.sqrt(changed / total) if total > 0 else 0.0
+            for each, (changed, total) in zip(roles, sums.tolist(), strict=True)
+        }
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shards(parameter: Tensor) -> int:
+    """Into how many pieces a parameter is cut, over all mesh axes."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if not placement.is_replicate())

@@ -1,0 +1,138 @@
+"""Memory of a device at its fullest moment, from one training step that allocates nothing."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from runtime.config import Config
+from runtime.data.loader import Batch
+from runtime.model.decoder import Decoder
+from runtime.observe.allocation import EMA as EMA_KIND
+from runtime.observe.allocation import GRADIENTS, KINDS, LOGITS, OPTIMIZER, PARAMETERS, AllocationTracker
+from runtime.optim import adamw
+from runtime.optim.ema import EMA
+from runtime.optim.groups import parameter_groups
+from runtime.parallel.mesh import Layout, Mesh, build
+from runtime.parallel.parallelize import compute_dtype, parallelize
+from runtime.step import train_step
+
+# The positions of a chunk of logits follow the device; the trace runs on fake CPU tensors.
+_GPU_CHUNK = 2**27
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the fullest device at its fullest moment, by kind."""
+
+    by_kind: dict[str, int]
+    """parameters, gradients, optimizer, ema, gathered (whole parameters of the units in use), activations
+    (saved or in use, collectives included) and logits (the loss's chunk and its gradients)."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_kind.values())
+
+
+def estimate(config: Config, layout: Layout, *, device_type: str = "cpu") -> MemoryEstimate:
+    """Memory of rank 0, which holds the largest shards, in a step of `config` on `layout`.
+
+    Runs the very step that trains, parallel plan and optimizer included, on fake tensors and a fake
+    process group, and follows its allocations; needs no device, and a process without a process group.
+    `torch.compile` is left out: compiled blocks save no more than eager ones, so it is an upper bound
+    then. Kernel workspaces, the allocator's rounding and the collectives' own buffers come on top.
+    """
+    with fake_world(layout.world_size):
+        mesh = build(layout, "cpu")
+        # The plan computes with the ranks of the mesh, so only what comes after it may be fake.
+        decoder = _build_decoder(config, mesh, device_type)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            decoder.to_empty(device="cpu")
+            tracker = AllocationTracker(fake)
+            _follow_step(config, mesh, decoder, tracker)
+    return MemoryEstimate({kind: tracker.peak[kind] for kind in KINDS})
+
+
+@contextmanager
+def fake_world(world_size: int) -> Iterator[None]:
+    """This process as rank 0 of a group of `world_size`, whose collectives return at once and move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a fake process group needs a process that is not in a real one"
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _build_decoder(config: Config, mesh: Mesh, device_type: str) -> nn.Module:
+    """The decoder on meta under the whole parallel plan, with the precision and the loss's chunks of `device_type`."""
+    with torch.device("meta"):
+        decoder = Decoder(config.model)
+    if device_type != "cpu":
+        decoder.cross_entropy.chunk_elements = _GPU_CHUNK
+    dtype = compute_dtype(config.parallel.precision, torch.device(device_type))
+    precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    plan = config.parallel.model_copy(update={"compile": False, "precision": precision})
+    return parallelize(decoder, mesh, plan)
+
+
+def micro_batches(config: Config, layout: Layout) -> tuple[int, int]:
+    """(micro-batches of a step on one rank, sequences of the largest)."""
+    share = config.batch.sequences // layout.data
+    sequences = min(config.batch.micro_sequences or share, share)
+    return -(-share // sequences), sequences
+
+
+def _follow_step(config: Config, mesh: Mesh, decoder: nn.Module, tracker: AllocationTracker) -> None:
+    """One step with the optimizer's state in place, of at most two micro-batches: the third holds nothing new."""
+    parameters = list(decoder.parameters())
+    optimizer = adamw.build(parameter_groups(decoder, config.optim.weight_decay), config.optim)
+    ema = EMA(decoder, config.optim.ema_half_life) if config.optim.ema_half_life else None
+    number, sequences = micro_batches(config, mesh.layout)
+    tokens = torch.zeros(sequences, config.data.seq_len, dtype=torch.int64)
+    batch = Batch(tokens, tokens, tokens if config.data.document_mask else None)
+
+    def update(skip: torch.Tensor) -> None:
+        optimizer.step()
+        if ema is not None:
+            ema.update(config.batch.sequences * config.data.seq_len, skip)
+
+    for tensor in parameters:
+        tracker.adopt(tensor, PARAMETERS)
+    for tensor in adamw.state_tensors(optimizer).values():
+        tracker.adopt(tensor, OPTIMIZER)
+    for tensor in ema.tensors().values() if ema else ():
+        tracker.adopt(tensor, EMA_KIND)
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda each: tracker.adopt(each.grad, GRADIENTS))
+    _mark_logits(decoder.cross_entropy, tracker)
+    with tracker:
+        train_step(
+            decoder,
+            parameters,
+            [batch] * min(number, 2),
+            judge=lambda loss, norm: torch.zeros_like(loss),
+            update=update,
+            grad_clip=config.optim.grad_clip,
+            data_group=mesh.data_group,
+        )
+
+
+def _mark_logits(cross_entropy: nn.Module, tracker: AllocationTracker) -> None:
+    marks: list[AbstractContextManager] = []
+
+    def enter(*_: object) -> None:
+        marks.append(tracker.kind(LOGITS))
+        marks[-1].__enter__()
+
+    def leave(*_: object) -> None:
+        marks.pop().__exit__(None, None, None)
+
+    cross_entropy.register_forward_pre_hook(enter)
+    cross_entropy.register_forward_hook(leave)

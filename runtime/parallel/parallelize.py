@@ -1,0 +1,75 @@
+"""How a decoder is spread over devices: the whole plan in reading order."""
+
+from types import MethodType
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from runtime.config import ParallelConfig
+from runtime.model.decoder import Decoder
+from runtime.model.initialization import fill_normal
+from runtime.model.parametrization import initial_std, role
+from runtime.parallel.fsdp import apply_fsdp
+from runtime.parallel.mesh import Mesh
+from runtime.parallel.recompute import recompute
+from runtime.parallel.shards import local_indices
+from runtime.parallel.tensor_parallel import apply_tensor_parallel
+
+
+def parallelize(decoder: Decoder, mesh: Mesh, parallel: ParallelConfig) -> Decoder:
+    """Spread a decoder, best one on the meta device, over a mesh, in place.
+
+    FSDP comes last, so that each unit gathers what the others need, and is there at degree 1 too, so that precision
+    does not depend on the world size.
+    """
+    if mesh.layout.tensor > 1:
+        apply_tensor_parallel(decoder, mesh.device_mesh["tensor"])
+    # Compiled around the recomputation, a block leaves out what its backward does not need. Of whole blocks with
+    # collectives in them, torch 2.13's compiler fails to save the device mesh: those it compiles inside.
+    inside = parallel.recompute == "full" and mesh.layout.tensor > 1
+    for block in decoder.blocks:
+        if parallel.compile and inside:
+            compile_block(block)
+        recompute(block, parallel.recompute)
+        if parallel.compile and not inside:
+            compile_block(block)
+    apply_fsdp(decoder, mesh.fsdp, compute_dtype(parallel.precision, mesh.device), parallel.reshard_after_forward)
+    return decoder
+
+
+def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+    """The precision of forward and backward that a configuration means on a device."""
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def compile_block(block: nn.Module) -> None:
+    """Compile a block's forward as one graph, which equal blocks share. Generation and observation, which need Python
+    objects and the depth as a number, stay eager."""
+    eager, compiled = block.forward, torch.compile(block.forward, fullgraph=True)
+
+    def forward(_: nn.Module, x, cos, sin, mask, cache=None, probe=None, depth=0):
+        if cache is None and probe is None:
+            return compiled(x, cos, sin, mask)
+        return eager(x, cos, sin, mask, cache, probe, depth=depth)
+
+    block.forward = MethodType(forward, block)
+
+
+@torch.no_grad()
+def materialize(decoder: Decoder, device: torch.device, seed: int) -> None:
+    """Allocate a parallelised decoder and give it first values, each rank only its own shards.
+
+    A value depends on (seed, name, global index) alone: every mesh starts from the weights of `initialize`.
+    """
+    decoder.to_empty(device=device)
+    for name, parameter in decoder.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is not sharded"
+        std, local = initial_std(role(name), decoder.config), parameter.to_local()
+        if std is None:
+            local.fill_(1.0)
+        else:
+            fill_normal(local, local_indices(parameter), parameter.shape, std, seed, name)

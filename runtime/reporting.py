@@ -1,0 +1,160 @@
+"""From steps to rows: what a run says about itself, read from the device at the logging cadence."""
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from runtime.clock import Clock
+from runtime.config import Config
+from runtime.observe.console import Console
+from runtime.observe.devices import Peak
+from runtime.observe.metrics import Evaluation, Metrics, MetricsWriter
+from runtime.observe.profiler import Profiler
+from runtime.observe.run_directory import RunDirectory
+from runtime.observe.throughput import Throughput
+from runtime.parallel.mesh import Mesh
+from runtime.state import TrainState
+from runtime.step import StepResult
+
+
+class Taken(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    clock: Clock
+    first_sample: int
+    end_sample: int
+    batch_tokens: int
+    lr: float
+    flops: int
+    result: StepResult
+
+
+class Spike(NamedTuple):
+    """More skipped steps in a row than the guard allows, as the range of their samples."""
+
+    steps: int
+    first_sample: int
+    end_sample: int
+
+
+class Reporter:
+    """Writes a run's rows on rank 0 and reads the device on every rank, so that all see the same numbers.
+
+    `directory` is None on all other ranks. Skipped steps become events; `read` returns a `Spike` once
+    `guard.max_consecutive` of them came in a row.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        directory: RunDirectory | None,
+        writer: MetricsWriter,
+        flops_per_token: int,
+        device_peak: Peak | None,
+    ):
+        self.writer = writer
+        self.console = Console(config.run.until or config.schedule.horizon, enabled=directory is not None)
+        profile = config.observe.profile_steps
+        folder = directory.profile if directory is not None else None
+        self.profiler = Profiler(folder, profile, memory_snapshot=config.observe.memory_snapshot)
+        synchronize = torch.cuda.synchronize if mesh.device.type == "cuda" else lambda: None
+        self.throughput = Throughput(flops_per_token, mesh.layout.world_size, device_peak, synchronize=synchronize)
+        self._config = config
+        self._mesh = mesh
+        self._taken: list[Taken] = []
+        self._run_of_skips: list[Taken] = []
+        self._evaluated: set[tuple[int, str]] = set()
+        self._skipped = 0
+        self._started = time.monotonic()
+
+    def restore(self, skipped: int, evaluated: Iterable[tuple[int, str]] = ()) -> None:
+        """Go on from a loaded state: its count of skipped steps, and the evaluations already on record."""
+        self._taken, self._run_of_skips, self._skipped = [], [], skipped
+        self._evaluated.update(evaluated)
+
+    def step(self, state: TrainState, first_sample: int, lr: float, result: StepResult) -> None:
+        """Remember a step; nothing is read from the device."""
+        end = state.position
+        self._taken.append(Taken(state.clock, first_sample, end, state.batch_tokens, lr, state.flops, result))
+        self.throughput.step(state.batch_tokens)
+
+    def read(self, state: TrainState) -> Spike | None:
+        """Read the steps since the last call, record skipped ones, and write the row of the last step."""
+        if not self._taken:
+            return None
+        taken, self._taken = self._taken, []
+        numbers = torch.stack([torch.stack(list(each.result)).double() for each in taken]).tolist()
+        spike = None
+        for step, (loss, grad_norm, skip) in zip(taken, numbers, strict=True):
+            self._run_of_skips = [*self._run_of_skips, step] if skip else []
+            if skip:
+                self._skipped += 1
+                samples = [step.first_sample, step.end_sample]
+                self.event("skipped_step", state, step.clock, loss=loss, grad_norm=grad_norm, samples=samples)
+            if len(self._run_of_skips) >= self._config.guard.max_consecutive:
+                first, last = self._run_of_skips[0], self._run_of_skips[-1]
+                spike = Spike(len(self._run_of_skips), first.first_sample, last.end_sample)
+        state.skipped = self._skipped
+        self._write(state, taken[-1], *numbers[-1][:2])
+        return spike
+
+    def _write(self, state: TrainState, step: Taken, loss: float, grad_norm: float) -> None:
+        rates = self.throughput.read()
+        row = Metrics(
+            step=step.clock.step,
+            tokens=step.clock.tokens,
+            sequences=step.clock.sequences,
+            segment=state.segment,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=step.lr,
+            weight_decay=self._config.optim.weight_decay,
+            batch_tokens=step.batch_tokens,
+            flops=step.flops,
+            tokens_per_second=rates.tokens_per_second,
+            mfu=rates.mfu,
+            memory_gib=self._peak_memory_gib(),
+            skipped=self._skipped,
+            wall_time=state.wall_time + self.elapsed(),
+        )
+        self.writer.metrics(row)
+        self.console.row(row)
+
+    def _peak_memory_gib(self) -> float | None:
+        """Peak of the fullest device since the last row; a collective on GPUs, None on a CPU."""
+        if self._mesh.device.type != "cuda":
+            return None
+        allocated = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=self._mesh.device)
+        torch.cuda.reset_peak_memory_stats()
+        dist.all_reduce(allocated, dist.ReduceOp.MAX)
+        return allocated.item()
+
+    def evaluation(self, state: TrainState, name: str, numbers: dict[str, Any]) -> None:
+        self._evaluated.add((state.clock.tokens, name))
+        row = Evaluation(tokens=state.clock.tokens, segment=state.segment, set=name, **numbers)
+        self.writer.evaluation(row)
+        self.console.evaluation(row)
+
+    def health(self, state: TrainState, row: dict[str, Any]) -> None:
+        self.writer.health(state.clock, state.segment, row)
+
+    def is_evaluated(self, state: TrainState, name: str) -> bool:
+        """Whether this boundary's loss on a set is already known; every rank answers alike."""
+        return (state.clock.tokens, name) in self._evaluated
+
+    def event(self, name: str, state: TrainState, clock: Clock | None = None, **details: Any) -> dict[str, Any]:
+        """Record what happened at a step boundary; returns the row."""
+        return self.writer.event(name, clock or state.clock, state.segment, **details)
+
+    def elapsed(self) -> float:
+        """Seconds since this launch began to train."""
+        return time.monotonic() - self._started
+
+    def close(self) -> None:
+        self.profiler.close()
+        self.console.close()
+        self.writer.close()

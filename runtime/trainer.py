@@ -1,0 +1,222 @@
+"""The loop: one segment of a run, from where its state stands to its end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from runtime.clock import is_due
+from runtime.config import Config
+from runtime.data.evaluation_set import EvaluationSet
+from runtime.data.loader import Batch, Loader
+from runtime.evaluation import evaluate
+from runtime.model.counts import flops_per_token
+from runtime.model.decoder import Decoder
+from runtime.observe.health import UpdateRatio, measure
+from runtime.optim.adamw import AdamW
+from runtime.optim.ema import EMA
+from runtime.parallel.mesh import Mesh
+from runtime.persistence import Persistence, checkpoint_name
+from runtime.reporting import Reporter, Spike
+from runtime.resilience.guard import StepGuard
+from runtime.resilience.signals import Interruption
+from runtime.resilience.watchdog import Watchdog
+from runtime.startup import BadInput
+from runtime.state import TrainState
+from runtime.step import train_step
+from schedulers.learning_rate import Schedule
+
+
+MOST_ROLLBACKS = 3
+"""Rollbacks to one checkpoint; a run that needs more does not suffer from its samples."""
+
+
+class Outcome(StrEnum):
+    """Why a launch ended. Each of them leaves a checkpoint."""
+
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    OUT_OF_TIME = "out_of_time"
+    DIVERGED = "diverged"
+
+
+@dataclass
+class Trainer:
+    """Everything one segment needs, already built, loaded and in its place."""
+
+    config: Config
+    mesh: Mesh
+    decoder: Decoder
+    optimizer: AdamW
+    ema: EMA | None
+    guard: StepGuard
+    schedule: Schedule
+    loader: Loader
+    held_out: dict[str, EvaluationSet]
+    persistence: Persistence
+    reporter: Reporter
+    interruption: Interruption
+    watchdog: Watchdog
+    state: TrainState
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.decoder.parameters())
+        self.end = min(self.config.schedule.horizon, self.config.run.until or self.config.schedule.horizon)
+        self.flops_per_token = flops_per_token(self.config.model, self.config.data.seq_len)
+        self._saved = checkpoint_name(self.state) if self.state.clock.step else None
+
+    def run(self) -> Outcome:
+        """Train to the end of the run, a signal, the end of the time budget, or divergence."""
+        outcome = None
+        if self.state.clock.step and not self.evaluate_if_due():
+            outcome = self.halted()
+        while outcome is None and self.state.clock.tokens < self.end:
+            self.step()
+            outcome = self.report_if_due() or self.halted()
+            ends = self.state.clock.tokens >= self.end
+            if outcome is None and (ends or self.is_due(self.config.checkpoint.every)):
+                self.save()
+            if outcome is None and not self.evaluate_if_due():
+                outcome = self.halted()
+        outcome = outcome or Outcome.FINISHED
+        self.reporter.read(self.state)
+        self.save(wait=True)
+        self.reporter.event("run_end", self.state, outcome=str(outcome))
+        return outcome
+
+    def step(self) -> None:
+        """One batch of the global order, at the learning rate of its place on the clock."""
+        config, state = self.config, self.state
+        sequences, seq_len = config.batch.sequences, config.data.seq_len
+        self.watchdog.beat(state.clock.step + 1, "step")
+        self.reporter.profiler.before(state.clock.step + 1)
+        first_sample = state.next_position(sequences)
+        micro_batches = self.fetch(first_sample)
+        lr = self.schedule(state.clock.tokens, sequences * seq_len)
+        self.optimizer.set_learning_rate(lr)
+        health = self.measure_health(micro_batches[0]) if self.health_is_due() else None
+
+        result = train_step(
+            self.decoder,
+            self.parameters,
+            micro_batches,
+            judge=self.guard.judge,
+            update=self.optimizer.step,
+            grad_clip=config.optim.grad_clip,
+            data_group=self.mesh.data_group,
+        )
+        if self.ema is not None:
+            self.ema.update(sequences * seq_len, result.skip)
+        state.advance(first_sample, sequences, seq_len, self.flops_per_token * sequences * seq_len)
+        self.reporter.step(state, first_sample, lr, result)
+        self.reporter.profiler.after(state.clock.step)
+        if health is not None:
+            self.report_health(*health)
+
+    def fetch(self, first_sample: int) -> Sequence[Batch]:
+        try:
+            return self.loader.batch(first_sample, self.config.batch.sequences, self.config.batch.micro_sequences)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+
+    def is_due(self, every: int | None) -> bool:
+        after = self.state.clock.tokens
+        return is_due(every, after - self.state.batch_tokens, after)
+
+    def report_if_due(self) -> Outcome | None:
+        """Read the device at the logging cadence, and act on too many skipped steps in a row."""
+        if self.state.clock.step % self.config.observe.log_every and self.state.clock.step > 1:
+            return None
+        spike = self.reporter.read(self.state)
+        if spike is None:
+            return None
+        if self.config.guard.on_spike == "rollback" and self.roll_back(spike):
+            return None
+        self.reporter.console.say(
+            f"stopping: {spike.steps} steps in a row were skipped, up to step {self.state.clock.step} "
+            f"(samples {spike.first_sample} to {spike.end_sample - 1}); the weights are those from before them"
+        )
+        return Outcome.DIVERGED
+
+    def roll_back(self, spike: Spike) -> bool:
+        """Return to the last durable checkpoint and step over the samples of the spike; False if that cannot help."""
+        self.persistence.store.wait()
+        name = self.persistence.store.newest()
+        before = [each for each in self.state.events if each["event"] == "rollback" and each["to"] == name]
+        if name is None or len(before) >= MOST_ROLLBACKS:
+            return False
+        left_at, wall_time = self.state.clock, self.state.wall_time
+        avoided = [*self.state.avoided, [spike.first_sample, spike.end_sample]]
+        self.state = self.persistence.load(name)
+        self.state.avoided, self.state.wall_time = avoided, wall_time
+        self.state.events.append(
+            self.reporter.event("rollback", self.state, to=name, left_at=left_at.tokens, samples=avoided[-1])
+        )
+        self.reporter.restore(self.state.skipped)
+        self._saved = name
+        return True
+
+    def halted(self) -> Outcome | None:
+        """What all ranks have agreed to stop for, if anything."""
+        agreed = self.interruption.poll(out_of_time=self.out_of_time())
+        if agreed.interrupted:
+            return Outcome.INTERRUPTED
+        return Outcome.OUT_OF_TIME if agreed.out_of_time else None
+
+    def out_of_time(self) -> bool:
+        budget = self.config.run.max_minutes
+        return budget is not None and self.reporter.elapsed() >= budget * 60
+
+    def save(self, *, wait: bool = False) -> None:
+        """A checkpoint of this boundary, unless there is one."""
+        name = checkpoint_name(self.state)
+        self.watchdog.beat(self.state.clock.step, "checkpoint")
+        with self.reporter.throughput.paused():
+            if name != self._saved:
+                self.persistence.save(self.state, elapsed=self.reporter.elapsed(), wait=wait)
+                self._saved = name
+            if wait:
+                self.persistence.store.wait()
+
+    def evaluate_if_due(self) -> bool:
+        """Evaluate the held-out sets where the cadence or the end asks for it; False if interrupted."""
+        ends = self.state.clock.tokens >= self.end
+        if not self.held_out or not (ends or self.is_due(self.config.evaluation.every)):
+            return True
+        with self.reporter.throughput.paused():
+            if not self.evaluate_weights(""):
+                return False
+            if self.ema is not None:
+                with self.ema.swapped(self.decoder):
+                    return self.evaluate_weights("-ema")
+        return True
+
+    def evaluate_weights(self, suffix: str) -> bool:
+        share = self.config.batch.sequences // self.mesh.layout.data
+        micro = self.config.evaluation.micro_sequences or self.config.batch.micro_sequences or share
+        for name, held_out in self.held_out.items():
+            if self.reporter.is_evaluated(self.state, name + suffix):
+                continue
+            numbers = evaluate(self.decoder, held_out, self.mesh, micro, self.proceed)
+            if numbers is None:
+                return False
+            self.reporter.evaluation(self.state, name + suffix, numbers)
+        return True
+
+    def proceed(self) -> bool:
+        self.watchdog.beat(self.state.clock.step, "evaluation")
+        return self.halted() is None
+
+    def health_is_due(self) -> bool:
+        """Whether the coming step reaches a multiple of the health cadence."""
+        tokens = self.state.clock.tokens
+        batch_tokens = self.config.batch.sequences * self.config.data.seq_len
+        return is_due(self.config.observe.health_every, tokens, tokens + batch_tokens)
+
+    def measure_health(self, batch: Batch) -> tuple[dict[str, list[float]], UpdateRatio]:
+        batch = batch.to(self.mesh.device)
+        found = measure(self.decoder, batch.tokens, batch.document_ids)
+        return found, UpdateRatio(self.decoder.named_parameters())
+
+    def report_health(self, found: dict[str, list[float]], ratio: UpdateRatio) -> None:
+        self.reporter.health(self.state, {**found, "update_ratio": ratio.measure()})
+

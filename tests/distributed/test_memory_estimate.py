@@ -1,0 +1,115 @@
+"""The dry run's memory against the CPU allocator's own count of a real step."""
+
+
+
+
+
+
+import pytest
+import torch
+from torch._C._profiler import _EventType
+
+from runtime.config import Config
+from runtime.data.loader import Batch
+from runtime.model.decoder import Decoder
+from runtime.observe.memory import estimate, micro_batches
+from runtime.optim import adamw
+from runtime.optim.ema import EMA
+from runtime.optim.groups import parameter_groups
+from runtime.parallel.mesh import build, plan_layout
+from runtime.parallel.parallelize import materialize, parallelize
+from runtime.step import train_step
+from tests.workers import run_workers
+
+WIDE = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 1024}
+DEEP = {"num_layers": 8, "hidden_size": 64, "intermediate_size": 192, "vocab_size": 512}
+VOCABULARY = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 16384}
+
+CASES = [
+    (1, {"model": WIDE}),
+    (1, {"model": WIDE, "parallel": {"recompute": "full"}}),
+    (1, {"model": WIDE, "parallel": {"recompute": "selective"}}),
+    (1, {"model": WIDE, "parallel": {"precision": "bf16"}}),
+    (1, {"model": DEEP, "batch": {"sequences": 8, "micro_sequences": 2}}),
+    (1, {"model": VOCABULARY, "batch": {"sequences": 2}}),
+    (1, {"model": {**WIDE, "tie_embeddings": True, "qk_norm": True}, "optim": {"lr": 1e-3, "ema_half_life": 1000}}),
+    (2, {"model": WIDE}),
+    (2, {"model": WIDE, "parallel": {"precision": "bf16", "recompute": "full"}}),
+    (2, {"model": DEEP, "parallel": {"recompute": "full"}}),
+    (2, {"model": VOCABULARY, "batch": {"sequences": 4, "micro_sequences": 1}}),
+    (2, {"model": WIDE, "parallel": {"tensor": 2}}),
+    (2, {"model": WIDE, "parallel": {"tensor": 2, "recompute": "full"}}),
+    (2, {"model": VOCABULARY, "batch": {"sequences": 2}, "parallel": {"tensor": 2}}),
+]
+
+
+def config_of(changes: dict) -> Config:
+    raw = {
+        "run": {"name": "memory"},
+        "model": {"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, **changes["model"]},
+        "data": {"sources": [{"path": "unused"}], "seq_len": 128},
+        "batch": changes.get("batch", {"sequences": 8}),
+        "optim": changes.get("optim", {"lr": 1e-3}),
+        "schedule": {"horizon": 100_000},
+        "parallel": changes.get("parallel", {}),
+    }
+    return Config.model_validate(raw)
+
+
+def layout_of(config: Config, world_size: int):
+    return plan_layout(config.parallel, world_size, config.model, config.data.seq_len, config.batch.sequences)
+
+
+def measured_peak(rank: int, config: Config) -> int:
+    """Bytes that the CPU allocator holds at most while a run is built and takes two steps."""
+    torch.ones(1000)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        base = torch.ones(1000)
+        _train(config, torch.distributed.get_world_size())
+    levels = list(_levels(recorded.profiler.kineto_results.experimental_event_tree()))
+    return max(levels) - (levels[0] - base.nbytes)
+
+
+def _levels(events):
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event.extra_fields.total_allocated
+        yield from _levels(event.children)
+
+
+def _train(config: Config, world_size: int) -> None:
+    layout = layout_of(config, world_size)
+    mesh = build(layout, "cpu")
+    with torch.device("meta"):
+        decoder = Decoder(config.model)
+    decoder = parallelize(decoder, mesh, config.parallel)
+    materialize(decoder, mesh.device, seed=0)
+    optimizer = adamw.build(parameter_groups(decoder, config.optim.weight_decay), config.optim)
+    adamw.state_tensors(optimizer)
+    ema = EMA(decoder, config.optim.ema_half_life) if config.optim.ema_half_life else None
+
+    def update(skip):
+        optimizer.step()
+        if ema is not None:
+            ema.update(config.batch.sequences * config.data.seq_len, skip)
+
+    number, sequences = micro_batches(config, layout)
+    tokens = torch.randint(config.model.vocab_size, (sequences, config.data.seq_len))
+    for _ in range(2):
+        train_step(
+            decoder,
+            list(decoder.parameters()),
+            [Batch(tokens, tokens, None)] * number,
+            judge=lambda loss, norm: torch.zeros(()),
+            update=update,
+            grad_clip=1.0,
+            data_group=mesh.data_group,
+        )
+
+
+@pytest.mark.parametrize("world_size, changes", CASES)
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(world_size, changes):
+    config = config_of(changes)
+    measured = max(run_workers(measured_peak, world_size, config))
+    estimated = estimate(config, layout_of(config, world_size))
+    assert estimated.total == pytest.approx(measured, rel=0.1)
