@@ -57,11 +57,19 @@ def convert(arguments: argparse.Namespace) -> str:
     from runtime.checkpoint import formats
 
     weights = _adjust(formats.read(arguments.source, arguments.weights), arguments)
+    kind = _write(weights, arguments)
     if weights.tokenizer is None:
         print("note: the source has no tokenizer, and none is written; --tokenizer FILE adds one", file=sys.stderr)
-    kind = _write(weights, arguments)
     parameters = sum(tensor.numel() for tensor in weights.tensors.values())
-    return f"{arguments.out}: {kind}, {parameters:,} parameters, {arguments.dtype or 'float32'}"
+    summary = f"{arguments.out}: {kind}, {parameters:,} parameters, {arguments.dtype or 'float32'}"
+    return summary if arguments.to != "meristem" else f"{summary}\n\n{_preset(weights, arguments.out)}"
+
+
+def _preset(weights: "Weights", out: str) -> str:
+    """The sections of a preset that begin a run from what was written."""
+    import tomli_w
+
+    return tomli_w.dumps({"model": weights.config.model_dump(), "start": {"from": out, "carry": "weights"}}).rstrip()
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -85,15 +93,18 @@ def _adjust(weights: "Weights", arguments: argparse.Namespace) -> "Weights":
     from pathlib import Path
 
     from runtime.checkpoint.interchange import load_tokenizer, read_text
-    from runtime.data.tokenizer import end_of_document
+    from runtime.data.tokenizer import end_of_document, vocabulary_size
     from runtime.model.normalization import to_rmsnorm
 
     if arguments.seq_len is not None:
         weights = replace(weights, seq_len=arguments.seq_len)
     if arguments.tokenizer is not None:
         text = read_text(Path(arguments.tokenizer))
-        end = end_of_document(load_tokenizer(text, arguments.tokenizer))
-        weights = replace(weights, tokenizer=text, end_of_text=end)
+        tokenizer = load_tokenizer(text, arguments.tokenizer)
+        ids, size = vocabulary_size(tokenizer), weights.config.vocab_size
+        if ids > size:
+            raise ValueError(f"{arguments.tokenizer} has {ids} tokens, and the model's vocabulary {size}")
+        weights = replace(weights, tokenizer=text, end_of_text=end_of_document(tokenizer))
     if arguments.norm == "rmsnorm" and weights.config.norm == "layernorm":
         tensors, config = to_rmsnorm(weights.tensors, weights.config)
         weights = replace(weights, tensors=tensors, config=config)

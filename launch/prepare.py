@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         preparation = Preparation(_options(arguments), arguments.out, arguments.overwrite)
         if record := preparation.finished():
-            print(f"{arguments.out} is already prepared from this input with these options; nothing to do")
+            print(f"nothing to do: {arguments.out} is prepared from this input with these options")
         else:
             with _display() as (report, advance):
                 files = len({piece.path for piece in preparation.pieces})
@@ -159,7 +159,7 @@ def _summarize(record: dict[str, Any], out: str) -> None:
         )
     if heldout := record["splits"].get("heldout"):
         print(f"unigram model on heldout: {heldout['unigram_loss']:.4f} nats per token")
-    print(f"written to {out}: {', '.join(record['files'])}")
+    print(f"in {out}: {', '.join(record['files'])}")
 
 
 if __name__ == "__main__":

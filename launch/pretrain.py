@@ -47,30 +47,41 @@ def main(argv: list[str] | None = None) -> int:
             return 0
     except ValueError as error:
         return _refuse(str(error))
-    return train(config)
+    return train(config, resume_command(arguments))
 
 
-def train(config: "Config") -> int:
+def train(config: "Config", command: list[str]) -> int:
     """Train on this process group until the end of the run, a signal or a fault; returns the exit code."""
-    from runtime.resilience.exits import BAD_INPUT, DIVERGED, FINISHED, INTERRUPTED
+    from launch.config import dump
+    from runtime.assembly import open_trainer
+    from runtime.resilience.exits import DIVERGED, FINISHED, INTERRUPTED
+    from runtime.resilience.signals import Interrupted
     from runtime.startup import BadInput, process_group
-    from runtime.trainer import Outcome, open_trainer
+    from runtime.trainer import Outcome
 
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with process_group(config.run.timeout_seconds):
         try:
-            with open_trainer(config) as trainer:
+            with open_trainer(config, dump(config)) as trainer:
                 outcome = trainer.run()
-                summary = trainer.summary()
         except BadInput as error:
-            _refuse(str(error))
-            return BAD_INPUT
-    if summary is not None:
+            return _refuse(str(error))
+        except Interrupted:
+            print("interrupted before the first step; nothing was lost", file=sys.stderr)
+            return INTERRUPTED
+    if os.environ.get("RANK", "0") == "0":
         from launch.closing import close
 
-        close(summary)
-    return {Outcome.FINISHED: FINISHED, Outcome.INTERRUPTED: INTERRUPTED, Outcome.DIVERGED: DIVERGED}[outcome]
+        close(config, command, str(outcome))
+    return {Outcome.INTERRUPTED: INTERRUPTED, Outcome.DIVERGED: DIVERGED}.get(outcome, FINISHED)
+
+
+def resume_command(arguments: argparse.Namespace) -> list[str]:
+    """The command that goes on with this run."""
+    processes = os.environ.get("WORLD_SIZE")
+    launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")] if processes else ["python"]
+    return [*launcher, "launch/pretrain.py", arguments.config, *arguments.overrides]
 
 
 def _refuse(message: str) -> int:

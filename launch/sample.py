@@ -1,6 +1,7 @@
 """Generate text: `sample.py CHECKPOINT --prompt TEXT [--prompt TEXT ...]`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def sample_lines(
-    checkpoint: str,
+    checkpoint: str | os.PathLike[str],
     prompts: list[str],
     *,
     max_tokens: int = 200,
@@ -126,7 +127,7 @@ class TextModel:
 
 
 def open_model(
-    checkpoint: str, weights: str = "model", tokenizer: str | None = None, device: str | None = None
+    checkpoint: str | os.PathLike[str], weights: str = "model", tokenizer: str | None = None, device: str | None = None
 ) -> TextModel:
     """The model of a checkpoint of any known format, ready to generate. ValueError for bad input."""
     from pathlib import Path

@@ -1,21 +1,22 @@
 """From a configuration to a trainer: everything opened, checked, built, loaded and in its place."""
 
-import logging
-import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from runtime.checkpoint.retention import parse
 from runtime.checkpoint.store import CheckpointStore
 from runtime.config import Config
 from runtime.data.evaluation_set import EvaluationSet
 from runtime.data.loader import Loader
 from runtime.data.mixture import MixtureHistory
+from runtime.data.tokenizer import text_fingerprint
 from runtime.data.tokens import TokenFile
 from runtime.model.counts import flops_per_token
 from runtime.model.decoder import Decoder
@@ -26,16 +27,17 @@ from runtime.observe.metrics import MetricsWriter, check_available
 from runtime.observe.run_directory import RunDirectory
 from runtime.optim.adamw import AdamW
 from runtime.optim.ema import EMA
+from runtime.optim.groups import parameter_groups
 from runtime.parallel.mesh import Layout, Mesh, build, plan_layout
 from runtime.parallel.parallelize import compute_dtype, materialize, parallelize
-from runtime.persistence import Persistence, text_fingerprint
+from runtime.persistence import Persistence
 from runtime.reporting import Reporter
 from runtime.resilience.guard import StepGuard
 from runtime.resilience.signals import Interruption
 from runtime.resilience.watchdog import Watchdog
 from runtime.resume import refuse_changes
-from runtime.startup import agree
-from runtime.state import TrainState
+from runtime.startup import BadInput, agree
+from runtime.state import FORMAT, TrainState
 from runtime.trainer import Trainer
 from schedulers.learning_rate import build as build_schedule
 
@@ -79,9 +81,11 @@ def read_tokenizer(config: Config) -> str | None:
     if named is None and not path.exists():
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.tokenizer: cannot read {path}: {error}") from None
+    text_fingerprint(text, path)
+    return text
 
 
 def open_history(inputs: Inputs, config: Config, saved: dict[str, Any], position: int) -> tuple[MixtureHistory, bool]:
@@ -192,36 +196,163 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
     """A trainer at the newest checkpoint of its run, or at the start of a new one; a collective.
 
     BadInput, on every rank and before anything is written, for what the user can put right. `config_text` is the
-    configuration as the run directory keeps it.
+    configuration as the run directory keeps it. `Interrupted` if a signal comes before the first step.
     """
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
-        watchdog.beat(0, "opening the data")
         inputs = agree(lambda: open_inputs(config, dist.get_world_size()))
         mesh = build(inputs.layout, "cuda" if torch.cuda.is_available() else "cpu")
-        run_path = Path(config.run.dir) / config.run.name
+        directory = RunDirectory(Path(config.run.dir) / config.run.name)
         watchdog.beat(0, "looking for checkpoints")
-        try:
-            store = CheckpointStore(config.checkpoint.dir or str(run_path / "checkpoints"))
+        with bad_input():
+            store = CheckpointStore(config.checkpoint.dir or directory.path / "checkpoints")
             stack.callback(store.close)
             origin = find_origin(config, store, stack)
-        except ValueError as error:
-            raise BadInput(str(error)) from error
         state, history, changed = agree(lambda: restore_state(config, inputs, origin))
-        interruption.exit_if_asked()
+        interruption.raise_if_interrupted()
 
         watchdog.beat(state.clock.step, "building the model")
-        parts = build_parts(config, mesh, store, inputs)
+        decoder, persistence, parts = build_parts(config, mesh, store, inputs)
+        interruption.raise_if_interrupted()
         if origin is not None:
             watchdog.beat(state.clock.step, "loading a checkpoint")
-            try:
-                load(parts, origin)
-            except ValueError as error:
-                raise BadInput(str(error)) from error
-        interruption.exit_if_asked()
+            with bad_input():
+                load(persistence, origin)
+        interruption.raise_if_interrupted()
 
-        parts.persistence.pin_origin(origin)
-        writer = start_writing(config, config_text, inputs, mesh, run_path, state, history, origin, stack)
-        reporter = Reporter(config, mesh, writer, state)
-        yield Trainer()
+        reporter = stack.enter_context(
+            closing(open_reporter(config, config_text, mesh, inputs, directory, state, history, origin))
+        )
+        store.on_event = partial(record_checkpoint, reporter, state)
+        if changed:
+            state.events.append(reporter.event("mixture_change", state, mixture=history.to_json()["stages"][-1]))
+        state.mixture = history.to_json()
+        loader = stack.enter_context(
+            closing(
+                Loader(
+                    history,
+                    config.data.seq_len,
+                    mesh.data_rank,
+                    mesh.layout.data,
+                    config.model.vocab_size,
+                    config.data.document_mask,
+                    config.data.prefetch,
+                )
+            )
+        )
+        yield Trainer(
+            config=config,
+            mesh=mesh,
+            decoder=decoder,
+            persistence=persistence,
+            loader=loader,
+            held_out=inputs.held_out,
+            reporter=reporter,
+            interruption=interruption,
+            watchdog=watchdog,
+            state=state,
+            **parts,
+        )
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """What a collective on checkpoints refuses, it refuses on every rank."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def build_parts(
+    config: Config, mesh: Mesh, store: CheckpointStore, inputs: Inputs
+) -> tuple[Decoder, Persistence, dict[str, Any]]:
+    """The decoder with its first weights, what is kept of it, and all that trains it by `Trainer`'s field names."""
+    with torch.device("meta"):
+        decoder = Decoder(config.model)
+    parallelize(decoder, mesh, config.parallel)
+    materialize(decoder, mesh.device, config.run.seed)
+    optim, schedule = config.optim, config.schedule
+    optimizer = AdamW(parameter_groups(decoder, optim.weight_decay), optim)
+    ema = EMA(decoder, optim.ema_half_life) if optim.ema_half_life else None
+    guard = StepGuard(config.guard.sigma, config.guard.window, mesh.device)
+    persistence = Persistence(config, store, decoder, optimizer, ema, guard, inputs.tokenizer)
+    rate = build_schedule(
+        schedule.kind,
+        peak=optim.lr,
+        warmup=schedule.warmup,
+        horizon=schedule.horizon,
+        decay=schedule.decay,
+        tail=schedule.tail,
+        final=schedule.final,
+    )
+    return decoder, persistence, {"optimizer": optimizer, "ema": ema, "guard": guard, "schedule": rate}
+
+
+def load(persistence: Persistence, origin: Origin) -> None:
+    """Fill the tensors from the checkpoint a launch begins from; a collective."""
+    if origin.carry == "weights":
+        persistence.fill_weights(origin.store, origin.name)
+    else:
+        persistence.fill(origin.store, origin.name, origin.description["generators"])
+
+
+def record_checkpoint(reporter: Reporter, state: TrainState, event: dict[str, Any]) -> None:
+    """A row for what became of a checkpoint."""
+    reporter.event("checkpoint", state, **{key: value for key, value in event.items() if key != "event"})
+
+
+def open_reporter(
+    config: Config,
+    config_text: str,
+    mesh: Mesh,
+    inputs: Inputs,
+    directory: RunDirectory,
+    state: TrainState,
+    history: MixtureHistory,
+    origin: Origin | None,
+) -> Reporter:
+    """Write the run's identity on rank 0, and the reporter on all; the first thing a launch writes. A collective."""
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    precision = "bf16" if compute_dtype(config.parallel.precision, mesh.device) == torch.bfloat16 else "fp32"
+    device_peak = peak(device, precision)
+    own = origin is not None and origin.carry == "own"
+    evaluated: list[Any] = [None]
+    contents: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        contents = identity(
+            config,
+            sources=[SourceIdentity(each.path, each.fingerprint, each.num_tokens, w) for each, w in inputs.sources],
+            evaluation_sets=[
+                SourceIdentity(each.file.path, each.file.fingerprint, each.file.num_tokens, name=name)
+                for name, each in inputs.held_out.items()
+            ],
+            order_fingerprint=history.fingerprint,
+            tokenizer_fingerprint=text_fingerprint(inputs.tokenizer) if inputs.tokenizer else None,
+            parent=state.lineage[-1] if state.lineage else None,
+            previous=directory.read_identity(),
+        )
+        contents = with_segment(
+            contents,
+            state.segment,
+            config,
+            mesh.layout,
+            start_tokens=0 if own or origin is None else state.clock.tokens,
+            device=device,
+            precision=precision,
+            peak=device_peak,
+        )
+        directory.write_config(config_text)
+        directory.write_identity(contents)
+        rows = read_rows(directory.path / "evaluations.jsonl")
+        evaluated[0] = [(row["tokens"], row["set"]) for row in rows if row["tokens"] == state.clock.tokens]
+    dist.broadcast_object_list(evaluated)
+    resumed_at = state.clock if own else None
+    mine = directory if dist.get_rank() == 0 else None
+    writer = MetricsWriter(mine, config.observe, resumed_at=resumed_at, run=contents)
+    flops = flops_per_token(config.model, config.data.seq_len)
+    reporter = Reporter(config, mesh, mine, writer, flops, device_peak)
+    reporter.restore(state.skipped, map(tuple, evaluated[0]))
+    reporter.event("resume" if own else "run_start", state, processes=dist.get_world_size())
+    return reporter

@@ -1,12 +1,12 @@
 """Saving and loading a run: tensors by name, and the state that says what they are."""
 
-import hashlib
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from runtime.checkpoint.store import CheckpointStore
 from runtime.config import Config
+from runtime.data.tokenizer import text_fingerprint
 from runtime.model.parametrization import role
 from runtime.optim.adamw import AdamW
 from runtime.optim.ema import EMA
@@ -41,11 +41,12 @@ class Persistence:
         `elapsed` is this launch's seconds, to be added to the state's.
         """
         name = checkpoint_name(state)
+        tokenizer = self._tokenizer
         description = {
             "format": FORMAT,
             "model": self._config.model.model_dump(mode="json"),
             "roles": {key: str(role(key)) for key, _ in self._decoder.named_parameters()},
-            "tokenizer": {"fingerprint": text_fingerprint(self._tokenizer), "json": self._tokenizer},
+            "tokenizer": {"fingerprint": tokenizer and text_fingerprint(tokenizer), "json": tokenizer},
             "config": self._config.model_dump(mode="json", by_alias=True, exclude_none=True),
             "generators": gather_generators(),
             "train": replace(state, wall_time=state.wall_time + elapsed).to_json(),
@@ -57,17 +58,19 @@ class Persistence:
     def load(self, name: str) -> TrainState:
         """Restore everything from one of this run's own checkpoints; a collective."""
         description = self.store.read_state(name)
-        state = TrainState.from_json(description["train"])
-        self.store.load(name, self._tensors())
-        restore_generators(description["generators"])
-        return state
+        self.fill(self.store, name, description["generators"])
+        return TrainState.from_json(description["train"])
 
-    def load_from(self, other: CheckpointStore, name: str, carry: str) -> None:
-        """Take the tensors of another run's checkpoint: all of them, or the weights alone; a collective."""
-        tensors = self._tensors() if carry == "all" else model_tensors(self._decoder)
-        other.load(name, tensors)
-        if carry == "weights" and self._ema is not None:
-            self._ema.restart(self._decoder)
+    def fill(self, store: CheckpointStore, name: str, generators: list[dict[str, str]]) -> None:
+        """Take all tensors and the generators' states from a checkpoint of any run of this shape; a collective."""
+        store.load(name, self._tensors())
+        restore_generators(generators)
+
+    def fill_weights(self, store: CheckpointStore, name: str) -> None:
+        """Take the weights alone, for a run that is otherwise new; a collective."""
+        store.load(name, model_tensors(self._decoder), partial_load=True)
+        if self._ema is not None:
+            self._ema.restart()
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = model_tensors(self._decoder)
@@ -80,8 +83,3 @@ class Persistence:
 
 def checkpoint_name(state: TrainState) -> str:
     return f"tokens-{state.clock.tokens}-segment-{state.segment}"
-
-
-def text_fingerprint(text: str | None) -> str | None:
-    """Hash of a tokenizer's text, None for none."""
-    return None if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

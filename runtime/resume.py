@@ -25,5 +25,5 @@ def refuse_changes(stored: dict[str, Any], config: Config, checkpoint: str) -> N
             if before.get(key) != now.get(key):
                 raise ValueError(
                     f"{section}.{key} = {now.get(key)!r}, but the run in {checkpoint} was trained with "
-                    f"{before.get(key)!r}; put it back, or begin a new run from there with another run.name and start.from"
+                    f"{before.get(key)!r}; put it back, or begin a new run from it by start.from"
                 )

@@ -25,7 +25,6 @@ from runtime.state import TrainState
 from runtime.step import train_step
 from schedulers.learning_rate import Schedule
 
-
 MOST_ROLLBACKS = 3
 """Rollbacks to one checkpoint; a run that needs more does not suffer from its samples."""
 
@@ -87,10 +86,11 @@ class Trainer:
         """One batch of the global order, at the learning rate of its place on the clock."""
         config, state = self.config, self.state
         sequences, seq_len = config.batch.sequences, config.data.seq_len
-        self.watchdog.beat(state.clock.step + 1, "step")
+        self.watchdog.beat(state.clock.step + 1, "data")
         self.reporter.profiler.before(state.clock.step + 1)
         first_sample = state.next_position(sequences)
         micro_batches = self.fetch(first_sample)
+        self.watchdog.beat(state.clock.step + 1, "forward and backward")
         lr = self.schedule(state.clock.tokens, sequences * seq_len)
         self.optimizer.set_learning_rate(lr)
         health = self.measure_health(micro_batches[0]) if self.health_is_due() else None
@@ -126,6 +126,7 @@ class Trainer:
         """Read the device at the logging cadence, and act on too many skipped steps in a row."""
         if self.state.clock.step % self.config.observe.log_every and self.state.clock.step > 1:
             return None
+        self.persistence.store.poll()
         spike = self.reporter.read(self.state)
         if spike is None:
             return None
@@ -186,7 +187,7 @@ class Trainer:
             if not self.evaluate_weights(""):
                 return False
             if self.ema is not None:
-                with self.ema.swapped(self.decoder):
+                with self.ema.swapped():
                     return self.evaluate_weights("-ema")
         return True
 
@@ -219,4 +220,3 @@ class Trainer:
 
     def report_health(self, found: dict[str, list[float]], ratio: UpdateRatio) -> None:
         self.reporter.health(self.state, {**found, "update_ratio": ratio.measure()})
-

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to answer after one of them has raised; then they are taken to hang."""
@@ -130,8 +131,7 @@ def _serve(connection: Connection) -> None:
             answer = pickle.dumps((True, fn(rank, *args)))
         except BaseException as error:
             answer = _failure(error)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave()
         connection.send_bytes(answer)
 
 
@@ -140,6 +140,13 @@ def _join(rank: int, world_size: int, port: int, call: int, timeout: float) -> N
     store = dist.PrefixStore(f"call-{call}", dist.TCPStore("127.0.0.1", port, is_master=False))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     torch.manual_seed(0)
+
+
+def _leave() -> None:
+    """End the group, and the sharding plans that DTensors remember of its meshes: an equal mesh would find them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _clear_sharding_prop_cache()
 
 
 def _failure(error: BaseException) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -229,10 +230,14 @@ class Reader:
         self._reader = FileSystemReader(folder)
         self._reader.fs = _Files(storage)
         self._reader.path = folder
-        where = f"{storage}/{folder}/{METADATA}"
+        self._where = f"{storage}/{folder}"
+        where = f"{self._where}/{METADATA}"
         with storage.open(f"{folder}/{METADATA}", "rb") as stream:
             self.metadata = load_metadata(stream.read(), where)
-        _check(self.metadata, files, where)
+        try:
+            _check(self.metadata, files)
+        except (ValueError, TypeError, AttributeError) as error:  # a forged one may hold any types
+            raise ValueError(f"{where} is refused: {error}") from None
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     @property
@@ -244,19 +249,22 @@ class Reader:
         """Fill the shards in place, each wholly; of every stored tensor only what a shard overlaps is read."""
         planner = _LoadPlanner()
         planner.set_up_planner(shards, self.metadata)
-        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except (RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+            raise ValueError(f"{self._where} cannot be read: {error}") from error
 
 
-def _check(metadata: Metadata, files: Mapping[str, FileRecord], where: str) -> None:
+def _check(metadata: Metadata, files: Mapping[str, FileRecord]) -> None:
     """ValueError unless all that the metadata lists are tensors, wholly stored in files of the manifest."""
     for name, stored in metadata.state_dict_metadata.items():
         if not isinstance(stored, TensorStorageMetadata):
-            raise ValueError(f"{where} is refused: {name} is no tensor")
+            raise ValueError(f"{name} is no tensor")
         if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
-            raise ValueError(f"{where} is refused: {name} is not wholly stored")
+            raise ValueError(f"{name} is not wholly stored")
     for index, place in metadata.storage_data.items():
         if place.relative_path not in files:
-            raise ValueError(f"{where} is refused: {index.fqn} lies in {place.relative_path}, not in the manifest")
+            raise ValueError(f"{index.fqn} lies in {place.relative_path}, which is not in the manifest")
 
 
 def _base(path: str | os.PathLike) -> str:

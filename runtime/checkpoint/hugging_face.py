@@ -19,6 +19,7 @@ from runtime.checkpoint.interchange import (
     parameter_shapes,
     read_json,
     read_tokenizer,
+    require_id,
     require_mapped,
     require_shape,
     single_precision,
@@ -170,7 +171,7 @@ def read(folder: Path) -> Weights:
         config=config,
         tensors=tensors,
         tokenizer=read_tokenizer(folder / "tokenizer.json"),
-        end_of_text=_end_of_text(folder, description),
+        end_of_text=_end_of_text(folder, description, config),
         seq_len=_positive(description, "max_position_embeddings", path),
     )
 
@@ -241,12 +242,12 @@ def _positive(description: dict[str, Any], key: str, where: Any) -> int:
     return value
 
 
-def _end_of_text(folder: Path, description: dict[str, Any]) -> int | None:
-    """The end token: generation_config.json's where there is one, else config.json's; the first of several."""
+def _end_of_text(folder: Path, description: dict[str, Any], config: ModelConfig) -> int | None:
+    """The end token: generation_config.json's where it has one, else config.json's; the first of several."""
     generation = folder / "generation_config.json"
     ends = (read_json(generation) if generation.exists() else {}).get("eos_token_id", description.get("eos_token_id"))
     first = ends[0] if isinstance(ends, list) and ends else ends
-    return first if isinstance(first, int) else None
+    return require_id(first, "eos_token_id", config, folder)
 
 
 def from_hugging_face(tensors: Mapping[str, Tensor], config: ModelConfig, where: Any) -> dict[str, Tensor]:

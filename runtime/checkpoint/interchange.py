@@ -82,6 +82,13 @@ def require_shape(name: str, found: Any, expected: tuple[int, ...], where: Any) 
         raise ValueError(f"{where}: tensor {name} has shape {list(found)}, expected {list(expected)}")
 
 
+def require_id(value: Any, key: str, config: ModelConfig, where: Any) -> int | None:
+    """A token id of the model's vocabulary, or None for none. ValueError for anything else."""
+    if value is not None and (type(value) is not int or not 0 <= value < config.vocab_size):
+        raise ValueError(f"{where}: {key} = {value!r} is not a token id below the vocabulary's {config.vocab_size}")
+    return value
+
+
 def single_precision(tensor: Tensor, name: str, where: Any) -> Tensor:
     """The tensor in float32, contiguous. ValueError if it is not of a floating type, as quantised ones are not."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -23,6 +23,7 @@ from runtime.checkpoint.interchange import (
     read_json,
     read_text,
     read_tokenizer,
+    require_id,
     require_mapped,
     require_shape,
     single_precision,
@@ -196,10 +197,10 @@ def read(source: Path) -> Weights:
     path = folder / DESCRIPTION
     arguments = read_json(path)
     config = from_arguments(arguments, path)
-    end, seq_len = arguments.get("end_of_text"), arguments.get("max_position_embeddings")
-    for key, value in {"end_of_text": end, "max_position_embeddings": seq_len}.items():
-        if value is not None and (not isinstance(value, int) or value < 0):
-            raise ValueError(f"{path}: {key} = {value!r} is not a whole number")
+    seq_len = arguments.get("max_position_embeddings")
+    if seq_len is not None and (type(seq_len) is not int or seq_len < 1):
+        raise ValueError(f"{path}: max_position_embeddings = {seq_len!r} is not a positive integer")
+    end = require_id(arguments.get("end_of_text"), "end_of_text", config, path)
     file = state_file(source)
     return Weights(
         config=config,

@@ -1,6 +1,5 @@
 """Our own checkpoints as weights at rest: read for export and sampling, written when a model is imported."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from runtime.checkpoint.interchange import (
 from runtime.checkpoint.retention import Position
 from runtime.checkpoint.store import CheckpointStore
 from runtime.checkpoint.unsharded import UnshardedCheckpoint
-from runtime.data.tokenizer import end_of_document
+from runtime.data.tokenizer import end_of_document, text_fingerprint
 from runtime.model.parametrization import role
 from runtime.state import FORMAT, TrainState
 
@@ -66,7 +65,7 @@ def _known_end(tokenizer: str | None) -> int | None:
 
 
 def write(weights: Weights, out: str, origin: str) -> str:
-    """Begin a run's folder (or URL) with one checkpoint of these weights at clock zero; returns its path.
+    """Begin a run's folder (or URL) with one checkpoint of these weights at clock zero; returns its name.
 
     It has no optimizer: a run begins from it with `start.from` and `start.carry = "weights"`. `origin` is kept in
     its state. ValueError if there is something at `out` already, or it cannot be written.
@@ -75,8 +74,7 @@ def write(weights: Weights, out: str, origin: str) -> str:
     if "://" in out:
         return _save(weights, f"{out.rstrip('/')}/checkpoints", origin)
     with appearing(Path(out)) as draft:
-        name = Path(_save(weights, str(draft / "checkpoints"), origin)).name
-    return str(Path(out) / "checkpoints" / name)
+        return _save(weights, str(draft / "checkpoints"), origin)
 
 
 def _save(weights: Weights, location: str, origin: str) -> str:
@@ -91,13 +89,13 @@ def _save(weights: Weights, location: str, origin: str) -> str:
         succeeded = store.close()
     if not succeeded:
         raise ValueError(f"cannot write {location}; see the warning above")
-    return f"{location}/{name}"
+    return name
 
 
 def _state(weights: Weights, origin: str) -> dict[str, Any]:
     """What `Persistence.save` writes for a run, with no configuration, and where the weights came from."""
     text = weights.tokenizer
-    fingerprint = None if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    fingerprint = None if text is None else text_fingerprint(text)
     return {
         "format": FORMAT,
         "model": weights.config.model_dump(mode="json"),

@@ -14,8 +14,10 @@ class Storage(Protocol):
 
     `open(path, "wb")` leaves the bytes durable when the block ends well. `publish` makes a small file appear
     whole or not at all. `remove_folder(folder, first)` removes the file `first` before anything else of it.
+    `require_writable` raises ValueError where it is known, without a trial, that nothing can be written.
     """
 
+    def require_writable(self) -> None: ...
     def folders(self) -> list[str]: ...
     def exists(self, path: str) -> bool: ...
     def size(self, path: str) -> int: ...
@@ -49,6 +51,11 @@ class LocalStorage:
 
     def __str__(self) -> str:
         return str(self.root)
+
+    def require_writable(self) -> None:
+        existing = next(place for place in (self.root, *self.root.absolute().parents) if place.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(f"checkpoints cannot be written to {self.root}: {existing} is no folder one may write to")
 
     def folders(self) -> list[str]:
         if not self.root.exists():
@@ -96,8 +103,9 @@ class LocalStorage:
     def remove_folder(self, folder: str, first: str) -> None:
         if not self.exists(folder):
             return
-        self.remove(f"{folder}/{first}")
-        self.sync(folder)
+        if self.exists(f"{folder}/{first}"):
+            self.remove(f"{folder}/{first}")
+            self.sync(folder)
         shutil.rmtree(self.root / folder, ignore_errors=True)  # what an NFS client still holds open stays, invisible
         self.sync("")
 
@@ -117,6 +125,9 @@ class RemoteStorage:
     def __str__(self) -> str:
         return self.url
 
+    def require_writable(self) -> None:
+        """Only a trial would tell, and opening a place writes nothing."""
+
     def _path(self, path: str) -> str:
         return f"{self.root.rstrip('/')}/{path}" if path else self.root
 
@@ -124,7 +135,7 @@ class RemoteStorage:
         self.filesystem.invalidate_cache()
         try:
             entries = self.filesystem.ls(self.root, detail=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"]
 

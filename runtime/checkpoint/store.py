@@ -55,12 +55,13 @@ class CheckpointStore:
         """Open a location, which need not exist, and remove what interrupted saves have left there.
 
         `read_only` (another run's checkpoints) removes nothing and cannot save. `timeout` is that of the
-        store's own gloo group. ValueError if the location is a file or a URL of an unknown protocol.
+        store's own gloo group. ValueError if the location is a file, a URL of an unknown protocol, or a folder
+        that cannot be read or written.
         """
         self._storage: Storage = open_storage(location)
         self._ranks = Ranks(process_group, timeout)
         self._read_only = read_only
-        self._on_event, self._on_phase = on_event, on_phase
+        self.on_event, self._on_phase = on_event, on_phase
         self._staging = Staging()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._jobs: list[Future[None]] = []
@@ -121,9 +122,13 @@ class CheckpointStore:
         return all(job.done() for job in self._jobs)
 
     def names(self) -> list[str]:
-        """Complete checkpoints, oldest first, as this rank sees them; whether they are intact is not looked at."""
-        names = retention.by_age(self._storage.folders())
-        return [name for name in names if self._storage.exists(f"{name}/{MANIFEST}")]
+        """Complete checkpoints, oldest first, as this rank sees them; whether they are intact is not looked at.
+        ValueError if the location cannot be read."""
+        try:
+            names = retention.by_age(self._storage.folders())
+            return [name for name in names if self._storage.exists(f"{name}/{MANIFEST}")]
+        except OSError as error:
+            raise ValueError(f"{self._storage} cannot be listed: {error}") from error
 
     def newest(self) -> str | None:
         """The newest checkpoint whose every file matches its manifest, the same on every rank; None if there is
@@ -210,8 +215,9 @@ class CheckpointStore:
         self._last_save_failed = True
         self._enter("writing")
         self._ranks.gather(lambda: _raise_if_failed(staged))
-        name = self._ranks.broadcast(partial(self._make_folder, point))
+        name = self._ranks.broadcast(partial(self._free_name, point))
         try:
+            self._ranks.broadcast(partial(self._make_folder, name))
             written = self._write(name, staged, state)
         except Exception:
             with suppress(Exception):  # what cannot be removed stays invisible, and the first error is the one to tell
@@ -289,8 +295,8 @@ class CheckpointStore:
             if self._ranks.is_first and event["outcome"] in ("failed", "damaged"):
                 where = f"{self._storage}/{event['checkpoint']}"
                 warnings.warn(f"checkpoint {where} {event['outcome']}: {event['error']}", RuntimeWarning, stacklevel=3)
-            if self._on_event:
-                self._on_event(event)
+            if self.on_event:
+                self.on_event(event)
 
     def _require_intact(self, name: str) -> dict[str, FileRecord]:
         if self._verified and self._verified[0] == name:
@@ -300,16 +306,19 @@ class CheckpointStore:
             raise ValueError(f"{self._storage}/{name}: {problem}")
         return files
 
-    def _make_folder(self, point: str) -> str:
-        """A fresh folder for a point of the run: that of its name, or the first revision that is free."""
+    def _free_name(self, point: str) -> str:
+        """The name of a point of the run, or of its first revision that is not there yet."""
         position = retention.parse(point)
         while self._storage.exists(f"{position}/{MANIFEST}"):
             position = position._replace(revision=position.revision + 1)
-        self._storage.remove_folder(str(position), MANIFEST)
-        self._storage.make_folder(str(position))
         return str(position)
 
+    def _make_folder(self, name: str) -> None:
+        self._storage.remove_folder(name, MANIFEST)
+        self._storage.make_folder(name)
+
     def _remove_leftovers(self) -> None:
+        self._storage.require_writable()
         complete = self.names()
         for name in retention.by_age(self._storage.folders()):
             if name not in complete:

@@ -80,6 +80,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
         # Cloned because safetensors refuses views that share a storage.
         shard = {name: tensors[name].to(dtype).clone(memory_format=torch.contiguous_format) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # it writes them readable by their owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize

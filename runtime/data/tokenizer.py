@@ -62,10 +62,15 @@ def end_of_document(tokenizer: Tokenizer, name: str | None = None) -> int:
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """Identifies a `tokenizer.json` by its content, however it is laid out in the file."""
+    return text_fingerprint(_read(path), path)
+
+
+def text_fingerprint(text: str, where: str | os.PathLike[str] = "tokenizer.json") -> str:
+    """The same of the file's text. ValueError naming `where` if that is not JSON."""
     try:
-        content = json.loads(_read(path))
+        content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+        raise ValueError(f"{where}: not a tokenizer.json ({error})") from None
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

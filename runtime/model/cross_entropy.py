@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, z_loss, rows, needs_gradient):
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        cross_entropy, z = hidden.new_zeros(2, dtype=exact).unbind()
+        cross_entropy, z = (hidden.new_zeros((), dtype=exact) for _ in range(2))
         hidden_grad = torch.empty_like(hidden) if needs_gradient else None
         weight_grad = torch.zeros_like(weight, dtype=exact) if needs_gradient else None
         for start in range(0, len(hidden), rows):

@@ -31,7 +31,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     needs_a, needs_b = ctx.needs_input_grad
-    return (product(grad, b.t()) if needs_a else None), (product_over_rows(grad, a) if needs_b else None)
+    return (_product(grad, b.t()) if needs_a else None), (_product_over_rows(grad, a) if needs_b else None)
 
 
 _product.register_autograd(_backward, setup_context=_save)
@@ -39,17 +39,23 @@ _product.register_autograd(_backward, setup_context=_save)
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [n, k] times b [m, k] transposed: [n, m], differentiable."""
-    plain = type(a) in (Tensor, nn.Parameter) and type(b) in (Tensor, nn.Parameter)
-    if _HAS_ONEDNN and plain and a.is_cpu and a.dtype == b.dtype == torch.float32 and a.shape[0] >= _FEWEST_ROWS:
-        return _product(a, b)
-    return F.linear(a, b)
+    return _product(a, b) if _suits_onednn(a, b) else F.linear(a, b)
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, m] transposed times b [n, k]: [m, k], summed over the rows. oneDNN prefers the longer side last."""
-    if a.shape[1] > b.shape[1]:
-        return product(b.t(), a.t()).t().contiguous()
-    return product(a.t(), b.t())
+    """a [n, m] transposed times b [n, k]: [m, k], summed over the rows."""
+    return _product_over_rows(a, b) if _suits_onednn(a, b) else a.t() @ b
+
+
+def _product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape[1] > b.shape[1]:  # oneDNN is faster with the longer side last
+        return _product(b.t(), a.t()).t().contiguous()
+    return _product(a.t(), b.t())
+
+
+def _suits_onednn(a: Tensor, b: Tensor) -> bool:
+    plain = type(a) in (Tensor, nn.Parameter) and type(b) in (Tensor, nn.Parameter)
+    return _HAS_ONEDNN and plain and a.is_cpu and a.dtype == b.dtype == torch.float32 and a.shape[0] >= _FEWEST_ROWS
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

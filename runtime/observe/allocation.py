@@ -23,6 +23,8 @@ _FSDP_OPERATORS = {
     "fsdp::chunk_cat": GRADIENTS,
     "c10d::_reduce_scatter_base_": GRADIENTS,
 }
+_COPIES = {"aten::_to_copy": 0, "aten::copy_": 1}
+"""Operators that copy the tensor at a place of their arguments."""
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -43,6 +45,7 @@ class AllocationTracker(TorchDispatchMode):
         self._fake_mode = fake_mode
         self._current = ACTIVATIONS
         self._entries: dict[int, tuple[str, int, weakref.ref]] = {}
+        self._gathered: set[int] = set()
 
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
@@ -61,12 +64,12 @@ class AllocationTracker(TorchDispatchMode):
             return NotImplemented  # the operators on its shards come by in turn
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func.namespace == "prim":  # asks a fake tensor for its device
+            return result
         for tensor in tree_leaves(result):
             if self._is_counted(tensor) and _key(tensor) not in self._entries:
                 self._enter(tensor, self._current)
-        kind = _FSDP_OPERATORS.get(func.name().partition(".")[0])
-        if kind is not None:
-            self._recognise(tree_leaves((args, kwargs)), kind)
+        self._recognise(func.name().partition(".")[0], args, kwargs, result)
         self._note_resized()
         total = sum(self.live.values())
         if total > self._highest:
@@ -78,30 +81,42 @@ class AllocationTracker(TorchDispatchMode):
             return False
         return self._fake_mode is None or (isinstance(value, FakeTensor) and value.fake_mode is self._fake_mode)
 
-    def _recognise(self, arguments: list[object], kind: str) -> None:
-        for tensor in arguments:
-            if self._is_counted(tensor):
-                known, _, _ = self._entries.get(_key(tensor), (ACTIVATIONS, 0, None))
-                if known == ACTIVATIONS:
-                    self._enter(tensor, kind)
+    def _recognise(self, operator: str, args: tuple, kwargs: dict, result: object) -> None:
+        kind = _FSDP_OPERATORS.get(operator)
+        if kind is not None:
+            tensors = tree_leaves((args, kwargs))
+        elif operator in _COPIES and self._kind_of(args[_COPIES[operator]]) in (PARAMETERS, GATHERED):
+            kind, tensors = GATHERED, [result]  # one rank gathers by copying its shard
+        else:
+            return
+        for tensor in tensors:
+            if self._is_counted(tensor) and self._kind_of(tensor) == ACTIVATIONS:
+                self._enter(tensor, kind)
+
+    def _kind_of(self, tensor: Tensor) -> str:
+        return self._entries.get(_key(tensor), (ACTIVATIONS, 0, None))[0]
 
     def _enter(self, tensor: Tensor, kind: str) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
         self._leave(key)
-        reference = weakref.ref(storage, lambda _: self._leave(key))
-        self._entries[key] = (kind, storage.nbytes(), reference)
+        self._entries[key] = (kind, storage.nbytes(), weakref.ref(storage, lambda _: self._leave(key)))
         self.live[kind] += storage.nbytes()
+        if kind == GATHERED:
+            self._gathered.add(key)
 
     def _leave(self, key: int) -> None:
         kind, size, _ = self._entries.pop(key, (ACTIVATIONS, 0, None))
         self.live[kind] -= size
+        self._gathered.discard(key)
 
     def _note_resized(self) -> None:
         """FSDP frees and refills gathered parameters by resizing their storages, which no operator shows."""
-        for key, (kind, size, reference) in list(self._entries.items()):
-            if kind == GATHERED and (storage := reference()) is not None and storage.nbytes() != size:
-                self._entries[key] = (kind, storage.nbytes(), reference)
-                self.live[kind] += storage.nbytes() - size
+        for key in self._gathered:
+            _, size, reference = self._entries[key]
+            storage = reference()
+            if storage is not None and storage.nbytes() != size:
+                self._entries[key] = (GATHERED, storage.nbytes(), reference)
+                self.live[GATHERED] += storage.nbytes() - size
 
 
 def _key(tensor: Tensor) -> int:

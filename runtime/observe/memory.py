@@ -14,7 +14,7 @@ from runtime.data.loader import Batch
 from runtime.model.decoder import Decoder
 from runtime.observe.allocation import EMA as EMA_KIND
 from runtime.observe.allocation import GRADIENTS, KINDS, LOGITS, OPTIMIZER, PARAMETERS, AllocationTracker
-from runtime.optim import adamw
+from runtime.optim.adamw import AdamW
 from runtime.optim.ema import EMA
 from runtime.optim.groups import parameter_groups
 from runtime.parallel.mesh import Layout, Mesh, build
@@ -79,6 +79,10 @@ def _build_decoder(config: Config, mesh: Mesh, device_type: str) -> nn.Module:
     dtype = compute_dtype(config.parallel.precision, torch.device(device_type))
     precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     plan = config.parallel.model_copy(update={"compile": False, "precision": precision})
+    if config.parallel.compile and plan.recompute == "none":
+        # The compiler keeps what matrix products and attention return and computes the rest again in the
+        # backward (min-cut rematerialisation), which is what "selective" does.
+        plan = plan.model_copy(update={"recompute": "selective"})
     return parallelize(decoder, mesh, plan)
 
 
@@ -92,20 +96,20 @@ def micro_batches(config: Config, layout: Layout) -> tuple[int, int]:
 def _follow_step(config: Config, mesh: Mesh, decoder: nn.Module, tracker: AllocationTracker) -> None:
     """One step with the optimizer's state in place, of at most two micro-batches: the third holds nothing new."""
     parameters = list(decoder.parameters())
-    optimizer = adamw.build(parameter_groups(decoder, config.optim.weight_decay), config.optim)
+    optimizer = AdamW(parameter_groups(decoder, config.optim.weight_decay), config.optim)
     ema = EMA(decoder, config.optim.ema_half_life) if config.optim.ema_half_life else None
     number, sequences = micro_batches(config, mesh.layout)
     tokens = torch.zeros(sequences, config.data.seq_len, dtype=torch.int64)
     batch = Batch(tokens, tokens, tokens if config.data.document_mask else None)
 
     def update(skip: torch.Tensor) -> None:
-        optimizer.step()
+        # The optimizer works in place; fake tensors do not know its kernel, and would copy all it touches.
         if ema is not None:
             ema.update(config.batch.sequences * config.data.seq_len, skip)
 
     for tensor in parameters:
         tracker.adopt(tensor, PARAMETERS)
-    for tensor in adamw.state_tensors(optimizer).values():
+    for tensor in optimizer.tensors().values():
         tracker.adopt(tensor, OPTIMIZER)
     for tensor in ema.tensors().values() if ema else ():
         tracker.adopt(tensor, EMA_KIND)

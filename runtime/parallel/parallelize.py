@@ -21,8 +21,8 @@ from runtime.parallel.tensor_parallel import apply_tensor_parallel
 def parallelize(decoder: Decoder, mesh: Mesh, parallel: ParallelConfig) -> Decoder:
     """Spread a decoder, best one on the meta device, over a mesh, in place.
 
-    FSDP comes last, so that each unit gathers what the others need, and is there at degree 1 too, so that precision
-    does not depend on the world size.
+    FSDP comes last, so that each unit gathers what the others have split. Its mixed precision is wanted at degree 1
+    too; for one process in float32 it would only copy the parameters (4 % of a step on a CPU, 24 % of a short one).
     """
     if mesh.layout.tensor > 1:
         apply_tensor_parallel(decoder, mesh.device_mesh["tensor"])
@@ -35,7 +35,9 @@ def parallelize(decoder: Decoder, mesh: Mesh, parallel: ParallelConfig) -> Decod
         recompute(block, parallel.recompute)
         if parallel.compile and not inside:
             compile_block(block)
-    apply_fsdp(decoder, mesh.fsdp, compute_dtype(parallel.precision, mesh.device), parallel.reshard_after_forward)
+    compute = compute_dtype(parallel.precision, mesh.device)
+    if mesh.layout.world_size > 1 or compute != torch.float32:
+        apply_fsdp(decoder, mesh.fsdp, compute, parallel.reshard_after_forward)
     return decoder
 
 
@@ -67,8 +69,8 @@ def materialize(decoder: Decoder, device: torch.device, seed: int) -> None:
     """
     decoder.to_empty(device=device)
     for name, parameter in decoder.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} is not sharded"
-        std, local = initial_std(role(name), decoder.config), parameter.to_local()
+        std = initial_std(role(name), decoder.config)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if std is None:
             local.fill_(1.0)
         else:

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import runtime.model.linear  # noqa: F401  (defines the operator meristem::product)
+
 _aten = torch.ops.aten
 _EXPENSIVE = {
     _aten.mm.default,
     _aten.bmm.default,
     _aten.addmm.default,
+    torch.ops.meristem.product.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention.default,

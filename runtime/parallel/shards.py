@@ -6,16 +6,19 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
-def local_indices(tensor: DTensor) -> list[Tensor]:
-    """For each dim the global indices of this rank's shard, int64 and ascending; empty where it holds nothing.
+def local_indices(tensor: Tensor) -> list[Tensor]:
+    """For each dim the global indices of this rank's shard, int64 and ascending; empty where it holds nothing, and all
+    of them for a tensor that is not distributed.
 
     FSDP over tensor parallelism shards from the last axis to the first, which a placement tells by its strides:
     such an axis divides what the axes after it have left. Every division is torch.chunk's: equal pieces, the last
     one shorter, and none for the ranks after it.
     """
+    indices = [torch.arange(size) for size in tensor.shape]
+    if not isinstance(tensor, DTensor):
+        return indices
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this rank is not part of the tensor's mesh"
-    indices = [torch.arange(size) for size in tensor.shape]
     sharded = [(axis, place) for axis, place in enumerate(tensor.placements) if not place.is_replicate()]
     in_order = [each for each in sharded if not isinstance(each[1], _StridedShard)]
     strided = [each for each in sharded if isinstance(each[1], _StridedShard)]

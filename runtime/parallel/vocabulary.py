@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from runtime.model.cross_entropy import IGNORE, LinearCrossEntropy, Loss
+from runtime.model.linear import product, product_over_rows
 
 
 class SequenceSplitCrossEntropy(LinearCrossEntropy):
@@ -34,13 +35,14 @@ class VocabularyParallelCrossEntropy(LinearCrossEntropy):
         first = weight.device_mesh.get_local_rank() * (weight.shape[0] // weight.device_mesh.size())
         hidden = hidden.to_local(grad_placements=[Partial()])
         weight = weight.to_local()
-        elements = self.chunk_elements or (2**20 if hidden.device.type == "cpu" else 2**27)
-        rows = max(1, elements // weight.shape[0])
+        rows = self.chunk_rows(hidden.device, weight.shape[0])
         needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         return Loss(*_VocabularyParallel.apply(hidden, weight, targets, first, group, z_loss, rows, needs_gradient))
 
 
 class _VocabularyParallel(torch.autograd.Function):
+    """`_LinearCrossEntropy` of a slice of the vocabulary that begins at `first`."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, first, group, z_loss, rows, needs_gradient):
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -49,40 +51,35 @@ class _VocabularyParallel(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_gradient else None
         weight_grad = torch.zeros_like(weight, dtype=exact) if needs_gradient else None
         for start in range(0, len(hidden), rows):
-            chunk, chunk_targets = hidden[start : start + rows], targets[start : start + rows]
-            index = chunk_targets - first
+            chunk = hidden[start : start + rows]
+            valid = (targets[start : start + rows, None] != IGNORE).to(exact)
+            index = targets[start : start + rows, None] - first
             here = (index >= 0) & (index < weight.shape[0])
-            index = torch.where(here, index, 0).unsqueeze(1)
-            valid = (chunk_targets != IGNORE).to(exact)
-            logits = (chunk @ weight.mT).to(exact)
-            target, normaliser = _exchange(logits, index, here, group)
+            index = index.where(here, 0)
+            logits = product(chunk, weight).to(exact)
+            target = logits.gather(1, index).where(here, 0.0)
+            largest = logits.amax(1, keepdim=True)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            exponentials = logits.sub_(largest).exp_()
+            sums = torch.stack((exponentials.sum(1, keepdim=True), target))
+            dist.all_reduce(sums, group=group)
+            total, target = sums
+            normaliser = total.log() + largest
             cross_entropy += ((normaliser - target) * valid).sum()
-            if z_loss:
-                z += (normaliser.square() * valid).sum() * z_loss
+            z += (normaliser.square() * valid).sum() * z_loss
             if needs_gradient:
-                scale = valid * (1 + 2 * z_loss * normaliser)
-                gradient = logits.sub_(normaliser.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
-                gradient.scatter_add_(1, index, -(valid * here).unsqueeze(1))
-                gradient = gradient.to(hidden.dtype)
-                hidden_grad[start : start + rows] = gradient @ weight
-                weight_grad += (gradient.mT @ chunk).to(exact)
+                gradient = exponentials.mul_(valid * (1 + 2 * z_loss * normaliser) / total)
+                gradient = gradient.scatter_add_(1, index, -valid * here).to(hidden.dtype)
+                hidden_grad[start : start + rows] = product(gradient, weight.mT)
+                weight_grad += product_over_rows(gradient, chunk)
         if needs_gradient:
-            ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
+            ctx.save_for_backward(hidden_grad, weight_grad)
+            ctx.dtypes = hidden.dtype, weight.dtype
         return cross_entropy, z
 
     @staticmethod
     def backward(ctx, outer, outer_z):
         hidden_grad, weight_grad = ctx.saved_tensors
-        gradients = hidden_grad * outer.to(hidden_grad.dtype), weight_grad * outer.to(weight_grad.dtype)
+        hidden_dtype, weight_dtype = ctx.dtypes
+        gradients = (hidden_grad * outer).to(hidden_dtype), (weight_grad * outer).to(weight_dtype)
         return (*gradients, *[None] * 6)
-
-
-def _exchange(logits: Tensor, index: Tensor, here: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The target's logit and the log-normaliser of each position, from each rank's slice of the logits."""
-    largest = logits.amax(-1)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    exponentials = (logits - largest.unsqueeze(1)).exp_().sum(-1)
-    target = torch.where(here, logits.gather(1, index).squeeze(1), 0.0)
-    sums = torch.stack((target, exponentials))
-    dist.all_reduce(sums, group=group)
-    return sums[0], sums[1].log() + largest

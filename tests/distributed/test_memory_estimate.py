@@ -1,10 +1,5 @@
 """The dry run's memory against the CPU allocator's own count of a real step."""
 
-
-
-
-
-
 import pytest
 import torch
 from torch._C._profiler import _EventType
@@ -13,7 +8,7 @@ from runtime.config import Config
 from runtime.data.loader import Batch
 from runtime.model.decoder import Decoder
 from runtime.observe.memory import estimate, micro_batches
-from runtime.optim import adamw
+from runtime.optim.adamw import AdamW
 from runtime.optim.ema import EMA
 from runtime.optim.groups import parameter_groups
 from runtime.parallel.mesh import build, plan_layout
@@ -84,12 +79,11 @@ def _train(config: Config, world_size: int) -> None:
         decoder = Decoder(config.model)
     decoder = parallelize(decoder, mesh, config.parallel)
     materialize(decoder, mesh.device, seed=0)
-    optimizer = adamw.build(parameter_groups(decoder, config.optim.weight_decay), config.optim)
-    adamw.state_tensors(optimizer)
+    optimizer = AdamW(parameter_groups(decoder, config.optim.weight_decay), config.optim)
     ema = EMA(decoder, config.optim.ema_half_life) if config.optim.ema_half_life else None
 
     def update(skip):
-        optimizer.step()
+        optimizer.step(skip)
         if ema is not None:
             ema.update(config.batch.sequences * config.data.seq_len, skip)
 

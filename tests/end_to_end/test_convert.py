@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,9 @@ from launch.convert import main
 from runtime.checkpoint import formats, hugging_face
 from runtime.checkpoint.store import CheckpointStore
 from runtime.checkpoint.unsharded import open_unsharded
+from runtime.config import StartConfig
 from runtime.data.tokenizer import END_OF_TEXT
+from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
 from runtime.state import TrainState
 from tests.end_to_end.checkpoints import NAME, small_tokenizer, small_weights, write_run
@@ -92,6 +96,15 @@ def test_an_imported_checkpoint_loads_through_the_store(tmp_path):
         assert torch.equal(decoder(TOKENS), logits(small_weights()))
 
 
+def test_an_import_prints_the_sections_that_train_from_it(run, tmp_path, capsys):
+    assert main([str(run), str(tmp_path / "imported"), "--to", "meristem"]) == 0
+    summary, _, preset = capsys.readouterr().out.partition("\n\n")
+    assert "23,736 parameters" in summary
+    sections = tomllib.loads(preset)
+    assert ModelConfig(**sections["model"]) == small_weights().config
+    assert StartConfig(**sections["start"]) == StartConfig(from_=str(tmp_path / "imported"), carry="weights")
+
+
 def test_one_foreign_format_converts_to_the_other(tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
@@ -132,7 +145,11 @@ def _flip(path):
 
 REFUSALS = {
     "no source": (lambda run: None, ["nothing", "--to", "huggingface"], "nothing does not exist"),
-    "empty folder": (lambda run: (run.parent / "e").mkdir(), ["e", "--to", "megatron"], "no checkpoint there"),
+    "empty folder": (
+        lambda run: (run.parent / "e").mkdir(),
+        ["e", "--to", "megatron"],
+        "there is no complete checkpoint",
+    ),
     "existing out": (lambda run: (run.parent / "out").mkdir(), ["run", "--to", "huggingface"], "out exists"),
     "existing out file": (lambda run: (run.parent / "out").write_text(""), ["run", "--to", "meristem"], "out exists"),
     "no average": (
@@ -169,6 +186,11 @@ REFUSALS = {
         ["run", "--to", "megatron", "--tokenizer", "bad.json"],
         "bad.json is not a tokenizer.json",
     ),
+    "tokenizer too large": (
+        lambda run: write_run(run.parent / "narrow", small_weights(tokenizer=TOKENIZER, vocab_size=200)),
+        ["narrow", "--to", "megatron", "--tokenizer", "tokenizer.json"],
+        "tokens, and the model's vocabulary 200",
+    ),
     "unknown protocol": (lambda run: None, ["nowhere://x", "--to", "huggingface"], "nowhere"),
 }
 
@@ -188,6 +210,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(prepare, arguments, message, r
     monkeypatch.chdir(tmp_path)
     if "damaged" in message:
         arguments = [f"run/checkpoints/{NAME}", *arguments[1:]]
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     prepare(run)
     before = sorted(os.listdir(tmp_path))
     assert main([arguments[0], "out", *arguments[1:]]) == 2
@@ -195,6 +218,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(prepare, arguments, message, r
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
     assert message in captured.err
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("to", ["huggingface", "megatron"])
+def test_a_byte_changed_anywhere_is_refused_or_harmless(to, run, tmp_path):
+    """Never another error than ValueError, with one line; 40 changes in every file of a foreign folder."""
+    assert main([str(run), str(tmp_path / "there"), "--to", to]) == 0
+    draw = random.Random(0)
+    refused = 0
+    for path in sorted(each for each in (tmp_path / "there").rglob("*") if each.is_file()):
+        whole = path.read_bytes()
+        for _ in range(40):
+            at = draw.randrange(min(len(whole), 3000))
+            junk = draw.choice(
+                [b"", b"null", b"-1", b"[]", b"1e999", b"\xff", bytes([whole[at] ^ 1 << draw.randrange(8)])]
+            )
+            path.write_bytes(whole[:at] + junk + (whole[at + max(1, len(junk)) :] if draw.random() < 0.7 else b""))
+            try:
+                formats.read(tmp_path / "there")
+            except ValueError as error:
+                refused += 1
+                assert "\n" not in str(error)
+        path.write_bytes(whole)
+    assert refused > 100
 
 
 def test_a_failing_write_leaves_no_folder(run, tmp_path, capsys, monkeypatch):

@@ -51,7 +51,15 @@ class Calls:
 
 def by_name(module: str, name: str) -> bytes:
     """A pickle of a global, found by module and (dotted) name, that is then called."""
-    return b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93)R."
+    return (
+        b"\x80\x04\x8c"
+        + bytes([len(module)])
+        + module.encode()
+        + b"\x8c"
+        + bytes([len(name)])
+        + name.encode()
+        + b"\x93)R."
+    )
 
 
 @pytest.mark.parametrize("protocol", [2, 4, pickle.HIGHEST_PROTOCOL])
@@ -68,7 +76,9 @@ MALICIOUS = {
     "a file": pickle.dumps(Calls(open, "ran", "w")),
     "torch's own loader": pickle.dumps(Calls(torch.load, "ran")),
     "a value inside of metadata": pickle.dumps(Metadata({"a": Calls(os.system, "touch ran")})),
-    "an attribute of an admitted class": by_name("torch.distributed.checkpoint.metadata", "Metadata.__init__.__globals__"),
+    "an attribute of an admitted class": by_name(
+        "torch.distributed.checkpoint.metadata", "Metadata.__init__.__globals__"
+    ),
     "a module-level name that torch re-exports": by_name("torch", "os.getcwd"),
     "another name of the admitted modules": by_name("torch.distributed.checkpoint.filesystem", "uuid"),
     "an import": by_name("antigravity", "fly"),
@@ -77,9 +87,7 @@ MALICIOUS = {
 
 
 @pytest.mark.parametrize("data", MALICIOUS.values(), ids=MALICIOUS)
-def test_a_malicious_pickle_is_refused_and_does_not_run(
-    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_malicious_pickle_is_refused_and_does_not_run(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"place/\.metadata is refused: it asks for"):
         load_metadata(data, "place/.metadata")
@@ -99,7 +107,14 @@ def _persistent() -> bytes:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"not a pickle", pickle.dumps(metadata())[:-5], pickle.dumps({"a": 1}), pickle.dumps(Metadata(3)), _persistent()],
+    [
+        b"",
+        b"not a pickle",
+        pickle.dumps(metadata())[:-5],
+        pickle.dumps({"a": 1}),
+        pickle.dumps(Metadata(3)),
+        _persistent(),
+    ],
     ids=["empty", "garbage", "truncated", "another object", "another content", "persistent"],
 )
 def test_what_is_no_metadata_is_refused_by_name(data: bytes):
@@ -134,11 +149,12 @@ def _with_hole() -> Metadata:
         (MALICIOUS["a shell command"], "asks for"),
         (pickle.dumps(Metadata({"a": BytesStorageMetadata()}, storage_data={})), "a is no tensor"),
         (pickle.dumps(_elsewhere()), "not in the manifest"),
+        (pickle.dumps(Metadata({"a": metadata()}, storage_data={})), "a is no tensor"),
         (pickle.dumps(_with_hole()), "not wholly stored"),
         (pickle.dumps(Metadata({"a": 3}, storage_data=None)), "no tensor"),
         (pickle.dumps(Metadata({}, storage_data=None)), "refused"),
     ],
-    ids=["code", "object", "outside", "hole", "number", "nowhere"],
+    ids=["code", "object", "outside", "nested", "hole", "number", "nowhere"],
 )
 def test_a_checkpoint_with_forged_metadata_is_refused_before_a_tensor_is_touched(
     data: bytes, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

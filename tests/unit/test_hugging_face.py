@@ -197,6 +197,7 @@ SETTINGS = {
     "absurd depth": ({"num_hidden_layers": 10**9}, "model.layers.2.input_layernorm.weight is missing"),
     "absurd width": ({"intermediate_size": 10**9}, "model.layers.0.mlp.gate_proj.weight has shape"),
     "no length": ({"max_position_embeddings": "long"}, "max_position_embeddings"),
+    "end token of no vocabulary": ({"eos_token_id": -1}, "eos_token_id = -1"),
     "tied in words only": ({"tie_word_embeddings": True}, "lm_head.weight differs"),
 }
 
@@ -204,6 +205,7 @@ SETTINGS = {
 @pytest.mark.parametrize("changes, message", SETTINGS.values(), ids=SETTINGS)
 def test_settings_without_a_counterpart_are_refused_by_name(changes, message, folder):
     hugging_face.write(random_weights(), folder)
+    (folder / "generation_config.json").unlink()
     description = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r".") as refusal:

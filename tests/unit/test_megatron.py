@@ -231,6 +231,7 @@ ARGUMENTS = {
     "too many layers": ({"num_layers": 10**9}, "decoder.layers.2.input_layernorm.weight is missing"),
     "too few layers": ({"num_layers": 1}, "decoder.layers.1.input_layernorm.weight has no counterpart"),
     "a larger vocabulary": ({"vocab_size": 1000}, "word_embeddings.weight has shape [128, 24]"),
+    "end token of no vocabulary": ({"end_of_text": 53}, "end_of_text = 53"),
     "bad length": ({"max_position_embeddings": "long"}, "max_position_embeddings"),
 }
 

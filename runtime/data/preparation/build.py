@@ -1,6 +1,7 @@
 """A whole preparation: train the tokenizer, tokenize shards in parallel, merge, publish."""
 
 import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -111,7 +112,10 @@ class Preparation:
             shutil.copyfile(self.options.tokenizer, temporary)
         else:
             report(f"training a byte-level BPE of {self.options.vocab_size:,} tokens")
-            bpe.train(self._sample(), self.options.vocab_size).save(str(temporary))
+            trained = bpe.train(self._sample(), self.options.vocab_size)
+            if (size := bpe.vocabulary_size(trained)) < self.options.vocab_size:
+                report(f"the text has pairs for a vocabulary of {size:,} only")
+            trained.save(str(temporary))
         temporary.replace(path)
         return str(path)
 
@@ -215,10 +219,12 @@ class Preparation:
         prefix = str(self._work / split)
         builder = module.IndexedDatasetBuilder(prefix + ".bin", module.DType.optimal_dtype(about["vocab_size"]))
         totals: Counter[str] = Counter()
+        gc.freeze()  # add_index collects garbage each time, which all of torch would slow down
         for shard, result in zip(pending, results, strict=True):
             if result["splits"][split].get("documents"):
                 builder.add_index(str(Path(shard.folder, split)))
                 totals.update(result["splits"][split])
+        gc.unfreeze()
         builder.finalize(prefix + ".idx")
         described = {"fingerprint": TokenFile(prefix).fingerprint, **totals}
         described["bytes_per_token"] = totals["bytes"] / totals["tokens"]

@@ -14,8 +14,8 @@ TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
 FORMATS = ("auto", TEXT, JSONL, PARQUET, "folder")
 _SUFFIXES = {".jsonl": JSONL, ".ndjson": JSONL, ".jsonl.gz": JSONL, ".parquet": PARQUET}
 
-PIECE_BYTES = 16 << 20
-"""Larger files are read in pieces of this size, by several processes."""
+PIECE_BYTES = (4 << 20, 64 << 20)
+"""A larger file is read in pieces, by several processes: 64 of them, of at least and at most this size."""
 FILE_DOCUMENT_BYTES = 1 << 20
 """A text file found in a folder is one document, unless larger than this: then it is cut at line ends."""
 GIVEN_DOCUMENT_BYTES = 64 << 10
@@ -106,7 +106,7 @@ def _pieces(path: Path, selection: Selection, document_bytes: int) -> list[Piece
     if kind == PARQUET:
         return _row_groups(absolute, size, selection.column)
     field = selection.key if kind == JSONL else ""
-    step = max(size, 1) if path.suffix == ".gz" else PIECE_BYTES
+    step = max(size, 1) if path.suffix == ".gz" else min(max(size // 64, PIECE_BYTES[0]), PIECE_BYTES[1])
     spans = [(start, min(start + step, size)) for start in range(0, size, step)]
     return [Piece(absolute, kind, start, stop, stop - start, field, document_bytes) for start, stop in spans]
 
@@ -162,10 +162,6 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_text(piece: Piece) -> Iterator[bytes]:
-    if piece.start == 0 and piece.size <= piece.document_bytes:
-        with open(piece.path, "rb") as stream:
-            yield stream.read()
-        return
     held: list[bytes] = []
     size = 0
     for _, line in _lines(piece):
@@ -204,7 +200,7 @@ def _read_parquet(piece: Piece) -> Iterator[str]:
             groups = range(piece.start, piece.stop)
             for batch in file.iter_batches(row_groups=groups, columns=[piece.field], batch_size=1024):
                 yield from (text or "" for text in batch.column(0).to_pylist())
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{piece.path}: damaged Parquet ({str(error).splitlines()[0]})") from None
 
 

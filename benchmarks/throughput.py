@@ -1,0 +1,338 @@
+"""Speed of a training step: ours, Hugging Face's LlamaForCausalLM and a plain torch loop, of the same shapes.
+
+    python benchmarks/throughput.py --shape small --pairs 20 --threads 1
+
+All contenders run in one process, interleaved in rounds, each round in the other direction, and every ratio is the
+median over rounds of (their time / our time in that round), with a bootstrap interval: a machine that is slow for a
+while is slow for both. Tokens -> loss -> backward -> clipping -> fused AdamW -> zero_grad is a step for each of them.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from runtime.model.config import ModelConfig
+from runtime.model.counts import count, flops_per_token
+from runtime.model.decoder import Decoder
+from runtime.model.initialization import initialize
+from runtime.observe.devices import peak
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and of one batch. `recompute` keeps only each block's input."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    seq_len: int
+    batch: int
+    recompute: bool = False
+
+    def config(self) -> ModelConfig:
+        return ModelConfig(**{key: value for key, value in asdict(self).items() if key in ModelConfig.model_fields})
+
+
+SHAPES = {
+    "small": Shape(8, 256, 688, 4, 4, 4096, 256, 8),
+    "larger": Shape(8, 512, 1376, 8, 8, 8192, 512, 2),
+    "0.3B": Shape(24, 1024, 2816, 16, 16, 32000, 2048, 16),
+    "1B": Shape(16, 2048, 8192, 32, 8, 128256, 4096, 4),
+    "8B": Shape(32, 4096, 14336, 32, 8, 128256, 4096, 4, recompute=True),
+}
+"""The first two for a CPU in float32; the others for a GPU, parameters and optimizer state in bf16 for all contenders
+(1B and 8B are Llama 3's)."""
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""One optimizer step on tokens and targets [b, s]; the mean loss before it."""
+
+
+def optimize(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """The part of a step that all contenders share."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(tokens: Tensor, targets: Tensor) -> Tensor:
+        value = loss(tokens, targets)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.detach()
+
+    return step
+
+
+def ours(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
+    decoder = Decoder(shape.config()).to(device, dtype)
+    initialize(decoder, 0)
+    for block in decoder.blocks:
+        if shape.recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if compiled:
+            block.compile(fullgraph=True)
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        return sum(decoder(tokens, targets)) / targets.numel()
+
+    return optimize(decoder, loss)
+
+
+def hugging_face(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.seq_len,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).to(device, dtype).train()
+    if shape.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    forward = torch.compile(model) if compiled else model
+    # shift_labels: the targets are shifted already
+    return optimize(model, lambda tokens, targets: forward(tokens, labels=targets, shift_labels=targets).loss)
+
+
+class PlainBlock(nn.Module):
+    """A block as one writes it from torch's own parts."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.head_dim = shape.hidden_size // shape.num_heads
+        kv_size = shape.num_kv_heads * self.head_dim
+        self.norms = nn.ModuleList(nn.RMSNorm(shape.hidden_size, eps=1e-5) for _ in range(2))
+        self.qkv = nn.Linear(shape.hidden_size, shape.hidden_size + 2 * kv_size, bias=False)
+        self.out = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
+        self.gate_up = nn.Linear(shape.hidden_size, 2 * shape.intermediate_size, bias=False)
+        self.down = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+        self.sizes = (shape.hidden_size, kv_size, kv_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = [each.unflatten(-1, (-1, self.head_dim)) for each in self.qkv(self.norms[0](x)).split(self.sizes, -1)]
+        query, key = (self.rotate(each, cos, sin).transpose(1, 2) for each in heads[:2])
+        grouped = query.shape[1] != key.shape[1]
+        y = F.scaled_dot_product_attention(query, key, heads[2].transpose(1, 2), is_causal=True, enable_gqa=grouped)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+class PlainDecoder(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.recompute = shape.recompute
+        self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.blocks = nn.ModuleList(PlainBlock(shape) for _ in range(shape.num_layers))
+        self.norm = nn.RMSNorm(shape.hidden_size, eps=1e-5)
+        self.head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        head_dim = self.blocks[0].head_dim
+        frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, device=x.device) / head_dim)
+        angles = torch.outer(torch.arange(tokens.shape[1], device=x.device), frequencies).unsqueeze(1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for block in self.blocks:
+            x = checkpoint(block, x, cos, sin, use_reentrant=False) if self.recompute else block(x, cos, sin)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
+
+
+def plain(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
+    model = PlainDecoder(shape).to(device, dtype)
+    return optimize(model, torch.compile(model) if compiled else model)
+
+
+CONTENDERS: dict[str, Callable[[Shape, torch.device, torch.dtype], Step]] = {
+    "ours": partial(ours, compiled=False),
+    "ours-compiled": partial(ours, compiled=True),
+    "hf": partial(hugging_face, compiled=False),
+    "hf-compiled": partial(hugging_face, compiled=True),
+    "plain": partial(plain, compiled=False),
+    "plain-compiled": partial(plain, compiled=True),
+}
+
+PAIRS = [
+    ("ours", "hf"),
+    ("ours", "plain"),
+    ("ours-compiled", "hf-compiled"),
+    ("ours-compiled", "plain-compiled"),
+    ("ours", "hf-compiled"),
+    ("ours-compiled", "ours"),
+]
+"""Ratios to report: how many times as fast the first is as the second."""
+
+
+@dataclass
+class Result:
+    first_loss: float
+    gpu_memory: int | None
+    """Bytes at the peak of a step: its own state, and what the step adds."""
+    seconds: list[float]
+
+
+def batches(shape: Shape, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few batches in turn, the same for all contenders."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(shape.vocab_size, (4, shape.batch, shape.seq_len + 1), generator=generator).to(device)
+    return cycle([(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in rows])
+
+
+def timed(step: Step, batch: tuple[Tensor, Tensor]) -> float:
+    synchronize = torch.cuda.synchronize if batch[0].is_cuda else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    step(*batch)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def prepare(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, warmup: int) -> tuple[Step, Result]:
+    """Build a contender and run it until it is compiled and its optimizer has its state."""
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    torch.manual_seed(0)
+    step, source = CONTENDERS[name](shape, device, dtype), batches(shape, device)
+    losses = [step(*next(source)).item() for _ in range(warmup)]
+    memory = None
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        step(*next(source))
+        memory = torch.cuda.max_memory_allocated() - before
+    return step, Result(losses[0], memory, [])
+
+
+def measure(names: list[str], shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Result]:
+    """Interleaved times of these contenders."""
+    steps, results = {}, {}
+    for name in names:
+        steps[name], results[name] = prepare(name, shape, device, dtype, warmup=3)
+    source = batches(shape, device)
+    for turn in range(rounds):
+        batch = next(source)
+        for name in names if turn % 2 == 0 else reversed(names):
+            results[name].seconds.append(timed(steps[name], batch))
+    return results
+
+
+def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """Median over rounds of theirs / ours, and its 95 % percentile-bootstrap interval over rounds."""
+    pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(draws))
+    return statistics.median(pairs), medians[round(0.025 * draws)], medians[round(0.975 * draws) - 1]
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the numbers were taken on."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":")[1].strip() if names else processor
+    found = {
+        "processor": processor,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    if "transformers" in sys.modules:
+        found["transformers"] = sys.modules["transformers"].__version__
+    return found
+
+
+def report(shape: Shape, device: torch.device, dtype: torch.dtype, results: dict[str, Result]) -> dict:
+    """Print the tables and return them."""
+    config, tokens = shape.config(), shape.batch * shape.seq_len
+    flops = flops_per_token(config, shape.seq_len)
+    known = peak(torch.cuda.get_device_name(device), "bf16") if device.type == "cuda" else None
+    print(f"{count(config).total:,} parameters, {flops:,} FLOPs a token, {tokens:,} tokens a step, {dtype}")
+    if known:
+        print(f"peak {known.flops / 1e12:.0f} TFLOP/s ({known.source})")
+    rows, ratios = {}, {}
+    print(f"{'contender':16}{'ms/step':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}{'GiB':>8}{'first loss':>12}")
+    for name, result in results.items():
+        seconds = statistics.median(result.seconds)
+        rate = tokens / seconds
+        rows[name] = {
+            "seconds": seconds, "tokens_per_second": rate, "flops_per_second": rate * flops,
+            "mfu": rate * flops / known.flops if known else None, "gpu_memory": result.gpu_memory,
+            "first_loss": result.first_loss, "all_seconds": result.seconds,
+        }  # fmt: skip
+        mfu = f"{rows[name]['mfu']:.1%}" if known else "-"
+        memory = f"{result.gpu_memory / 2**30:.1f}" if result.gpu_memory else "-"
+        print(
+            f"{name:16}{seconds * 1e3:10.1f}{rate:12,.0f}{rate * flops / 1e12:10.3f}{mfu:>8}{memory:>8}"
+            f"{result.first_loss:12.4f}"
+        )
+    for fast, slow in PAIRS:
+        if fast in results and slow in results:
+            found = ratios[f"{fast} / {slow}"] = ratio(results[fast].seconds, results[slow].seconds)
+            print(f"{fast} is {found[0]:.3f} x as fast as {slow}  [{found[1]:.3f}, {found[2]:.3f}]")
+    return {"contenders": rows, "ratios": ratios}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--batch", type=int, help="sequences of a step, instead of the shape's")
+    parser.add_argument("--pairs", type=int, default=15, help="rounds, each with one step of every contender")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
+    options = parser.parse_args(argv)
+    if options.pairs < 1:
+        parser.error(f"--pairs {options.pairs}: at least one round is needed")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = SHAPES[options.shape]
+    if options.batch:
+        shape = Shape(**asdict(shape) | {"batch": options.batch})
+    results = measure(options.contenders, shape, device, dtype, options.pairs)
+    hardware = machine(device)
+    print(", ".join(f"{key} {value}" for key, value in hardware.items()))
+    print(f"{options.shape}: {shape}")
+    found = report(shape, device, dtype, results)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": hardware, "shape": asdict(shape), "dtype": str(dtype)} | found, indent=1) + "\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

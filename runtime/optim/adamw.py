@@ -1,0 +1,115 @@
+"""Fused AdamW on each rank's own shards."""
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from runtime.config import OptimConfig
+from runtime.optim.groups import ParameterGroup
+
+
+class StateKind(StrEnum):
+    """How a state tensor changes with its parameter's scale; what an operator on weights does to it follows."""
+
+    WEIGHT = "weight"
+    GRADIENT = "gradient"
+    SQUARE = "square"
+    COUNTER = "counter"
+
+
+STATE_KINDS = {"exp_avg": StateKind.GRADIENT, "exp_avg_sq": StateKind.SQUARE, "step": StateKind.COUNTER}
+
+
+class AdamW:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
+
+    torch's fused kernel runs over local shards, which spares the dispatch of distributed tensors. The state exists
+    from the start: `exp_avg` and `exp_avg_sq` with their parameter's shape and placement, and a float32 count of
+    `step`s, so that a checkpoint is restored by filling `tensors()` in place.
+    """
+
+    def __init__(self, groups: list[ParameterGroup], lr: float, betas: tuple[float, float], eps: float):
+        self.groups = groups
+        self._betas, self._eps = betas, eps
+        self._state = {
+            name: _initial_state(parameter)
+            for group in groups
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        }
+        self.set_learning_rate(lr)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """The base rate of the steps to come; each group has its multiple of it."""
+        for group in self.groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    @torch.no_grad()
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient.
+
+        Where `skip` (0-d float32 on the device, equal on every rank) is 1.0, the kernel leaves parameters, moments and
+        counters as they are, to the bit and whatever the gradients hold; the host never learns of it.
+        """
+        for group in self.groups:
+            updated = [
+                (local(parameter), _local_gradient(parameter), *map(local, self._state[name].values()))
+                for name, parameter in zip(group["names"], group["params"], strict=True)
+                if parameter.grad is not None
+            ]
+            if not updated:
+                continue
+            parameters, gradients, exp_avgs, exp_avg_sqs, steps = map(list, zip(*updated, strict=True))
+            adamw(
+                parameters,
+                gradients,
+                exp_avgs,
+                exp_avg_sqs,
+                [],
+                steps,
+                fused=True,
+                found_inf=skip,
+                lr=group["lr"],
+                beta1=self._betas[0],
+                beta2=self._betas[1],
+                eps=self._eps,
+                weight_decay=group["weight_decay"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as "<parameter>.<state>", the tensors themselves; `STATE_KINDS` tells their kinds."""
+        return {f"{name}.{key}": each for name, state in self._state.items() for key, each in state.items()}
+
+
+state_tensors = AdamW.tensors
+
+
+def build(groups: list[ParameterGroup], optim: OptimConfig) -> AdamW:
+    """The configured optimizer, at its peak learning rate until another is set."""
+    return AdamW(groups, optim.lr, optim.betas, optim.eps)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, the storage itself; maybe empty."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _initial_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+        "step": torch.zeros((), device=parameter.device),
+    }
+
+
+def _local_gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    if isinstance(parameter, DTensor):
+        assert gradient.placements == parameter.placements, "a gradient is not sharded like its parameter"
+    # The kernel walks both through memory in one order.
+    assert local(gradient).stride() == local(parameter).stride(), "a gradient is not laid out like its parameter"
+    return local(gradient)

@@ -1,0 +1,11 @@
+"""Exit codes of a launch. 75 to 77 lie outside the shell's and Python's own; a scheduler can tell them apart."""
+
+FINISHED = 0
+BAD_INPUT = 2
+"""Something the user can put right; the same command would end the same way."""
+INTERRUPTED = 75
+"""Asked to stop by a signal, with everything saved: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+HUNG = 76
+"""A step made no progress; the message names the rank furthest behind."""
+DIVERGED = 77
+"""Too many steps in a row were skipped; the weights are those from before them."""

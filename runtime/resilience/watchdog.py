@@ -1,0 +1,163 @@
+"""A hung run ends with a message that names the rank to look at."""
+
+import faulthandler
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from types import TracebackType
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from runtime.resilience.exits import HUNG
+
+READ_SECONDS = 10.0
+"""How long the beats of the other ranks may take to arrive, should their store hang as well."""
+
+_TIMEOUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
+
+
+class Beat(NamedTuple):
+    """Where a rank's main thread was last seen. Of two ranks, the one with fewer `beats`, or then with fewer
+    collectives, is behind."""
+
+    beats: int
+    collectives: int
+    """Collectives begun, over all process groups: tells who is missing from one that the others wait in."""
+    step: int
+    phase: str
+    seconds: float
+    """Age of the beat when it was published."""
+
+
+class Watchdog:
+    """A thread that ends its process with exit code HUNG once the main thread has not called `beat` for a while.
+
+    Ranks publish their last beats through the process group's store, so that one of them can say who is behind; each
+    prints the stacks of its own threads. The time-out of a collective that escapes from the context is reported the
+    same way. To be entered once the process group is there, if there is to be one.
+    """
+
+    def __init__(self, timeout_seconds: float):
+        self._timeout = timeout_seconds
+        self._interval = min(timeout_seconds / 5, 10.0)
+        self._beat = (0, 0, "start-up", time.monotonic())
+        self._seen, self._quiet = 0, 0
+        self._stop = threading.Event()
+        self._rank, self._ranks, self._store = 0, 1, None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+            # The main thread may sit in a request of its own for as long as it hangs.
+            self._store = dist.PrefixStore("watchdog", distributed_c10d._get_default_store().clone())
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say that the main thread has come this far; every rank does so in the same places."""
+        self._beat = (self._beat[0] + 1, step, phase, time.monotonic())
+
+    def __enter__(self) -> "Watchdog":
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if isinstance(error, RuntimeError) and _TIMEOUT.search(str(error)):
+            traceback.print_exception(error)
+            self._end()
+
+    def _watch(self) -> None:
+        self._publish()
+        while not self._stop.wait(self._interval):
+            self._publish()
+            if self.is_overdue():
+                self._end()
+
+    def is_overdue(self) -> bool:
+        """Whether the time-out has passed without a beat; to be asked once an interval.
+
+        It counts the intervals that this thread was awake in, so that a process that a scheduler or a debugger had
+        stopped does not find its time gone when it goes on.
+        """
+        beats = self._beat[0]
+        self._quiet = self._quiet + 1 if beats == self._seen else 0
+        self._seen = beats
+        return self._quiet * self._interval >= self._timeout
+
+    def _own(self) -> Beat:
+        beats, step, phase, when = self._beat
+        return Beat(beats, _collectives(), step, phase, time.monotonic() - when)
+
+    def _publish(self) -> None:
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set(str(self._rank), json.dumps(self._own()))
+
+    def _end(self) -> None:
+        """Say who is behind, once for all ranks, and where this one stands; never returns."""
+        if self._store is not None:
+            # A thread of its own, for the host of the store may be what hangs.
+            reader = threading.Thread(target=self._report, daemon=True)
+            reader.start()
+            reader.join(READ_SECONDS)
+        else:
+            _say(describe([self._own()], self._timeout))
+        _say(f"rank {self._rank} of {self._ranks}, {_place(self._own())}, exits with code {HUNG}; its threads:")
+        faulthandler.dump_traceback(file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(HUNG)
+
+    def _report(self) -> None:
+        try:
+            if self._store.add("reports", 1) > 1:
+                return
+            known = [self._read(rank) for rank in range(self._ranks)]
+        except RuntimeError:
+            _say(f"hung: no progress for {self._timeout:g} s, and the store that knows the other ranks is gone")
+            return
+        _say(describe(known, self._timeout))
+
+    def _read(self, rank: int) -> Beat | None:
+        if rank == self._rank:
+            return self._own()
+        return Beat(*json.loads(self._store.get(str(rank)))) if self._store.check([str(rank)]) else None
+
+
+def describe(known: list[Beat | None], timeout_seconds: float) -> str:
+    """One message on a hang from every rank's last beat, None where none was ever published."""
+    progress = [(-1, 0) if each is None else each[:2] for each in known]
+    behind = [rank for rank, each in enumerate(progress) if each == min(progress)]
+    ahead = [rank for rank, each in enumerate(progress) if each == max(progress)]
+    opening = f"hung: no progress for {timeout_seconds:g} s."
+    if len(behind) == len(known) > 1:
+        return f"{opening} All {len(known)} ranks are equally far: {_place(known[0])}"
+    named = ", ".join(f"rank {rank} ({_place(known[rank])})" for rank in behind[:8])
+    more = f" and {len(behind) - 8} more" if len(behind) > 8 else ""
+    others = f"; rank {ahead[0]} is furthest ({_place(known[ahead[0]])})" if len(known) > 1 else ""
+    return f"{opening} Furthest behind: {named}{more}{others}"
+
+
+def _place(beat: Beat | None) -> str:
+    return "not heard of" if beat is None else f"step {beat.step}, {beat.phase}, for {beat.seconds:.0f} s"
+
+
+def _collectives() -> int:
+    """Collectives that this process has begun; groups whose backend does not count them count for nothing."""
+    total = 0
+    for group in list(distributed_c10d._world.pg_map):
+        with suppress(RuntimeError):
+            total += group._get_sequence_number_for_group()
+    return total
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()

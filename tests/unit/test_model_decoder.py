@@ -1,0 +1,205 @@
+"""The decoder as a whole: what attends to what, caches, probes, precisions, and equality with Hugging Face's."""
+
+import itertools
+
+import pytest
+import torch
+
+from runtime.model.attention import largest_logit
+from runtime.model.cache import KeyValueCache
+from runtime.model.config import ModelConfig
+from runtime.model.cross_entropy import IGNORE
+from runtime.model.decoder import Decoder
+from runtime.model.initialization import initialize
+
+BASE = {"num_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 59, "init_std": 0.2}
+OPTIONS = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2},
+    "multi-query, wide heads": {"num_kv_heads": 1, "head_dim": 16},
+    "tied": {"tie_embeddings": True},
+    "qk-norm": {"qk_norm": True, "num_kv_heads": 2},
+    "layernorm": {"norm": "layernorm"},
+}
+
+
+def build(dtype=torch.float64, **options):
+    decoder = Decoder(ModelConfig(**BASE | options)).to(dtype)
+    initialize(decoder, 0)
+    return decoder
+
+
+def draw(*shape, seed=0):
+    return torch.randint(BASE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@each_option
+def test_a_later_token_changes_nothing_earlier(options):
+    decoder, tokens = build(**options), draw(2, 12)
+    changed = tokens.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % BASE["vocab_size"]
+    before, after = decoder(tokens), decoder(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert (before[:, 7:] != after[:, 7:]).any(-1).all()
+
+
+@each_option
+def test_documents_do_not_see_each_other(options):
+    decoder = build(**options)
+    tokens = draw(2, 12)
+    ids = torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [4] * 6 + [5] * 4])
+    packed = decoder(tokens, document_ids=ids)
+    for row, lengths in enumerate(((5, 7), (2, 6, 4))):
+        alone = torch.cat([decoder(part[None])[0] for part in tokens[row].split(lengths)])
+        torch.testing.assert_close(packed[row], alone, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(packed, decoder(tokens), atol=1e-3)
+
+
+@each_option
+@pytest.mark.parametrize("steps", [(12,), (1,) * 12, (5, 1, 1, 4, 1)])
+def test_generation_with_a_cache_equals_the_full_forward(options, steps):
+    decoder, tokens = build(**options), draw(2, 12)
+    cache = KeyValueCache(len(decoder.depth_plan))
+    with torch.no_grad():
+        parts = [decoder(part, cache=cache) for part in tokens.split(steps, 1)]
+        assert cache.length == 12
+        torch.testing.assert_close(torch.cat(parts, 1), decoder(tokens), rtol=1e-10, atol=1e-10)
+
+
+@each_option
+def test_loss_equals_that_of_the_logits(options):
+    decoder = build(z_loss=1e-2, **options)
+    tokens, targets = draw(2, 12), draw(2, 12, seed=1)
+    targets[0, 3:6] = IGNORE
+    loss = decoder(tokens, targets)
+    logits = decoder(tokens)
+    valid = targets != IGNORE
+    expected = torch.nn.functional.cross_entropy(logits[valid], targets[valid], reduction="sum")
+    z = 1e-2 * logits.logsumexp(-1)[valid].square().sum()
+    torch.testing.assert_close((loss.cross_entropy, loss.z), (expected, z), rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(sum(loss), list(decoder.parameters()))
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected + z, list(decoder.parameters())))
+
+
+@each_option
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
+def test_lower_precisions_agree_with_float64(options, dtype, tolerance):
+    tokens = draw(2, 24)
+    exact, rounded = (build(each, **options) for each in (torch.float64, dtype))
+    losses = [each(tokens, tokens) for each in (exact, rounded)]
+    for loss in losses:
+        loss.cross_entropy.backward()
+    torch.testing.assert_close(losses[1].cross_entropy.double(), losses[0].cross_entropy, rtol=tolerance, atol=0)
+    for (name, ours), reference in zip(rounded.named_parameters(), exact.parameters(), strict=True):
+        assert (ours.grad - reference.grad).norm() < tolerance * reference.grad.norm(), name
+
+
+def test_tied_head_is_one_parameter():
+    decoder = build(tie_embeddings=True)
+    names = [name for name, _ in decoder.named_parameters(remove_duplicate=False)]
+    assert "embedding.weight" in names and not any("head." in name for name in names)
+
+
+def test_parameter_names_are_the_contract():
+    names = {name for name, _ in build(qk_norm=True, num_layers=1).named_parameters()}
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    assert names == {
+        "embedding.weight", "norm.weight", "head.weight", "blocks.0.attention_norm.weight",
+        "blocks.0.feed_forward_norm.weight", *(f"blocks.0.attention.{each}.weight" for each in attention),
+        *(f"blocks.0.feed_forward.{each}_proj.weight" for each in ("gate", "up", "down")),
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class Recorder:
+    def __init__(self):
+        self.outputs, self.logits = {}, {}
+
+    def depth_output(self, depth, x):
+        self.outputs[depth] = x
+
+    def attention_logits(self, depth, maximum):
+        self.logits[depth] = maximum
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_probe_sees_every_depth_and_changes_nothing(packed):
+    decoder, tokens, probe = build(num_kv_heads=2), draw(2, 12), Recorder()
+    ids = torch.arange(12).expand(2, -1) // 4 if packed else None
+    observed = decoder(tokens, document_ids=ids, probe=probe)
+    assert torch.equal(observed, decoder(tokens, document_ids=ids))
+    assert list(probe.outputs) == list(probe.logits) == [0, 1, 2]
+    torch.testing.assert_close(decoder.norm(probe.outputs[2]) @ decoder.head.weight.mT, observed)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_largest_attention_logit_is_of_visible_pairs(masked):
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    mask = torch.eye(6, dtype=torch.bool).expand(2, 1, 6, 6) if masked else None
+    pairs = [(i, j) for i, j in itertools.product(range(6), range(6)) if (i == j if masked else j <= i)]
+    expected = max(
+        (query[b, h, i] @ key[b, h // 2, j]).item() for b, h, (i, j) in itertools.product(range(2), range(4), pairs)
+    )
+    assert largest_logit(query, key, mask).item() == pytest.approx(expected / 8**0.5, rel=1e-5)
+
+
+def test_blocks_compile_to_one_graph_for_all_depths():
+    """No graph breaks, and no compilation for each depth: dynamo falls back to eager after eight."""
+    decoder, plain, tokens = build(torch.float32, qk_norm=True), build(torch.float32, qk_norm=True), draw(2, 20)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in decoder.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for each in (decoder, plain):
+        sum(each(tokens, tokens)).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for ours, reference in zip(decoder.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-4, atol=1e-5)
+    decoder(tokens, probe=Recorder())
+    decoder(tokens, cache=KeyValueCache(3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "head_dim": 16}, {"tie_embeddings": True}], ids=str)
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["Llama", "Qwen3"])
+def test_logits_equal_hugging_faces(options, qk_norm):
+    transformers = pytest.importorskip("transformers")
+    decoder = build(torch.float32, qk_norm=qk_norm, rope_theta=500.0, **options)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0, 0.2)
+    config = decoder.config
+    family = "Qwen3" if qk_norm else "Llama"
+    theirs = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
+            hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, head_dim=config.head_dim,
+            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, vocab_size=config.vocab_size,
+            num_key_value_heads=config.num_kv_heads, rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tie_embeddings, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    )  # fmt: skip
+    renamed = (
+        ("blocks.", "model.layers."), ("attention_norm", "input_layernorm"), (".attention.", ".self_attn."),
+        ("feed_forward_norm", "post_attention_layernorm"), ("feed_forward", "mlp"), ("head.", "lm_head."),
+    )  # fmt: skip
+    state = {}
+    for name, weight in decoder.state_dict().items():
+        for ours, their in renamed:
+            name = name.replace(ours, their)
+        if name == "embedding.weight":
+            name = "model.embed_tokens.weight"
+        state["model.norm.weight" if name == "norm.weight" else name] = weight
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    tokens = draw(2, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(tokens), theirs(tokens).logits, rtol=1e-4, atol=2e-4)
