@@ -55,7 +55,6 @@ def train(config: "Config", command: list[str]) -> int:
     from launch.config import dump
     from runtime.assembly import open_trainer
     from runtime.resilience.exits import DIVERGED, FINISHED, INTERRUPTED
-    from runtime.resilience.signals import Interrupted
     from runtime.startup import BadInput, process_group
     from runtime.trainer import Outcome
 
@@ -67,9 +66,6 @@ def train(config: "Config", command: list[str]) -> int:
                 outcome = trainer.run()
         except BadInput as error:
             return _refuse(str(error))
-        except Interrupted:
-            print("interrupted before the first step; nothing was lost", file=sys.stderr)
-            return INTERRUPTED
     if os.environ.get("RANK", "0") == "0":
         from launch.closing import close
 

@@ -25,7 +25,7 @@ from runtime.observe.identity import SourceIdentity, identity, with_segment
 from runtime.observe.jsonl import read_rows
 from runtime.observe.metrics import MetricsWriter, check_available
 from runtime.observe.run_directory import RunDirectory
-from runtime.optim.adamw import AdamW
+from runtime.optim.adamw import build as build_optimizer
 from runtime.optim.ema import EMA
 from runtime.optim.groups import parameter_groups
 from runtime.parallel.mesh import Layout, Mesh, build, plan_layout
@@ -196,7 +196,8 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
     """A trainer at the newest checkpoint of its run, or at the start of a new one; a collective.
 
     BadInput, on every rank and before anything is written, for what the user can put right. `config_text` is the
-    configuration as the run directory keeps it. `Interrupted` if a signal comes before the first step.
+    configuration as the run directory keeps it.
+    `SystemExit` with its own code if a signal comes before the first step.
     """
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -210,16 +211,16 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
             stack.callback(store.close)
             origin = find_origin(config, store, stack)
         state, history, changed = agree(lambda: restore_state(config, inputs, origin))
-        interruption.raise_if_interrupted()
+        interruption.exit_if_asked()
 
         watchdog.beat(state.clock.step, "building the model")
         decoder, persistence, parts = build_parts(config, mesh, store, inputs)
-        interruption.raise_if_interrupted()
+        interruption.exit_if_asked()
         if origin is not None:
             watchdog.beat(state.clock.step, "loading a checkpoint")
             with bad_input():
                 load(persistence, origin)
-        interruption.raise_if_interrupted()
+        interruption.exit_if_asked()
 
         reporter = stack.enter_context(
             closing(open_reporter(config, config_text, mesh, inputs, directory, state, history, origin))
@@ -274,7 +275,7 @@ def build_parts(
     parallelize(decoder, mesh, config.parallel)
     materialize(decoder, mesh.device, config.run.seed)
     optim, schedule = config.optim, config.schedule
-    optimizer = AdamW(parameter_groups(decoder, optim.weight_decay), optim)
+    optimizer = build_optimizer(parameter_groups(decoder, optim.weight_decay), optim)
     ema = EMA(decoder, optim.ema_half_life) if optim.ema_half_life else None
     guard = StepGuard(config.guard.sigma, config.guard.window, mesh.device)
     persistence = Persistence(config, store, decoder, optimizer, ema, guard, inputs.tokenizer)

@@ -70,7 +70,7 @@ class Persistence:
         """Take the weights alone, for a run that is otherwise new; a collective."""
         store.load(name, model_tensors(self._decoder), partial_load=True)
         if self._ema is not None:
-            self._ema.restart()
+            self._ema.restart(self._decoder)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = model_tensors(self._decoder)

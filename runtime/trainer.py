@@ -187,7 +187,7 @@ class Trainer:
             if not self.evaluate_weights(""):
                 return False
             if self.ema is not None:
-                with self.ema.swapped():
+                with self.ema.swapped(self.decoder):
                     return self.evaluate_weights("-ema")
         return True
 

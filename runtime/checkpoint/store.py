@@ -88,11 +88,11 @@ class CheckpointStore:
         self.wait()
         self._verified = None
         began = time.perf_counter()
-        self._enter("staging")
         text = json.dumps(state)
+        self._enter("staging")
         try:
             staged: dict[str, Shard] | Exception = self._staging.copy(tensors)
-        except (RuntimeError, MemoryError) as error:  # out of host memory: known to the other ranks in _write
+        except (RuntimeError, MemoryError) as error:  # out of host memory: the other ranks hear of it in _save
             staged = error
         stall = time.perf_counter() - began
         self._submit(name, partial(self._save, name, staged, text, stall))

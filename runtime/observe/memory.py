@@ -14,7 +14,7 @@ from runtime.data.loader import Batch
 from runtime.model.decoder import Decoder
 from runtime.observe.allocation import EMA as EMA_KIND
 from runtime.observe.allocation import GRADIENTS, KINDS, LOGITS, OPTIMIZER, PARAMETERS, AllocationTracker
-from runtime.optim.adamw import AdamW
+from runtime.optim import adamw
 from runtime.optim.ema import EMA
 from runtime.optim.groups import parameter_groups
 from runtime.parallel.mesh import Layout, Mesh, build
@@ -96,7 +96,7 @@ def micro_batches(config: Config, layout: Layout) -> tuple[int, int]:
 def _follow_step(config: Config, mesh: Mesh, decoder: nn.Module, tracker: AllocationTracker) -> None:
     """One step with the optimizer's state in place, of at most two micro-batches: the third holds nothing new."""
     parameters = list(decoder.parameters())
-    optimizer = AdamW(parameter_groups(decoder, config.optim.weight_decay), config.optim)
+    optimizer = adamw.build(parameter_groups(decoder, config.optim.weight_decay), config.optim)
     ema = EMA(decoder, config.optim.ema_half_life) if config.optim.ema_half_life else None
     number, sequences = micro_batches(config, mesh.layout)
     tokens = torch.zeros(sequences, config.data.seq_len, dtype=torch.int64)

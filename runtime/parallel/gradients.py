@@ -39,7 +39,8 @@ def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: 
     """Scale gradients of this norm down to `max_norm`, like torch's clip_grad_norm_, without reading the device."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     gradients = [_local(each.grad) for each in dict.fromkeys(parameters) if each.grad is not None]
-    torch._foreach_mul_(gradients, scale)
+    if gradients:
+        torch._foreach_mul_(gradients, scale)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ def apply_tensor_parallel(decoder: Decoder, mesh: DeviceMesh) -> None:
             plan["attention.k_norm"] = SequenceParallel(sequence_dim=HEADS, use_local_output=True)
         parallelize_module(block, mesh, plan)
 
-    # Uneven shards of DTensors are experimental, and under FSDP neither gathered nor saved right (torchtitan issue
-    # 1136). A vocabulary that does not divide is therefore kept whole on each rank, and its work is split by position.
+    # torch calls uneven shards of DTensors experimental, and runs on them have come back wrong from their checkpoints
+    # (torchtitan issue 1136). A vocabulary that does not divide is kept whole on each rank, its work split by position.
     even = decoder.config.vocab_size % mesh.size() == 0
     plan = {
         "embedding": ParallelEmbedding(Shard(0) if even else Replicate()),

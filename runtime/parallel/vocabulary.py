@@ -23,7 +23,9 @@ class SequenceSplitCrossEntropy(LinearCrossEntropy):
         hidden = hidden.to_local(grad_placements=[Partial()])
         weight = weight.to_local(grad_placements=[Partial()])
         sums = super().forward(hidden[own], weight, targets[own], z_loss)
-        return Loss(*(DTensor.from_local(each, mesh, [Partial()], run_check=False).full_tensor() for each in sums))
+        # Cloned, because FSDP warns of outputs that are views.
+        whole = (DTensor.from_local(each, mesh, [Partial()], run_check=False).full_tensor().clone() for each in sums)
+        return Loss(*whole)
 
 
 class VocabularyParallelCrossEntropy(LinearCrossEntropy):

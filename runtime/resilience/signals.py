@@ -72,12 +72,12 @@ class Interruption:
     def poll(self, *, out_of_time: bool = False) -> Agreed:
         """What was true on any rank at the poll before; this rank's own answer now goes into the next.
 
-        A collective, to be called by all ranks in the same places, whose n-th call gives all the same answer. One
-        process knows at once.
+        A collective, to be called by all ranks in the same places; the n-th call gives all of them the same answer.
+        One process knows at once.
         """
-        own = self._own(out_of_time)
+        own = Agreed(self._asked.is_set(), out_of_time)
         if _alone():
-            return Agreed(*own)
+            return own
         before, self._pending = self._pending, self._begin(own)
         return Agreed(False, False) if before is None else _read(*before)
 
@@ -86,42 +86,42 @@ class Interruption:
 
         For start-up, before there is anything to save.
         """
-        own = self._own(out_of_time=False)
-        agreed = Agreed(*own) if _alone() else _read(*self._begin(own))
+        own = Agreed(self._asked.is_set(), False)
+        agreed = own if _alone() else _read(*self._begin(own))
         if agreed.interrupted:
             raise SystemExit(INTERRUPTED)
 
-    def _own(self, out_of_time: bool) -> tuple[bool, bool]:
-        return self._asked.is_set(), out_of_time
-
-    def _begin(self, flags: tuple[bool, ...]) -> tuple[torch.Tensor, dist.Work]:
+    def _begin(self, own: Agreed) -> tuple[torch.Tensor, dist.Work]:
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        tensor = torch.tensor(flags, dtype=torch.uint8)
-        return tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        flags = torch.tensor(own, dtype=torch.uint8)
+        return flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def _listen(self) -> None:
-        """Takes the numbers of signals as they come, until the socket is closed."""
-        interrupts = 0
-        while received := self._receiver.recv(64):
-            for number in received:
-                if number not in SIGNALS:
-                    continue
-                if not self._asked.is_set() and os.environ.get("RANK", "0") == "0":
-                    hint = "; another Ctrl-C exits at once" if number == signal.SIGINT else ""
-                    print(
-                        f"{signal.Signals(number).name}: stopping at the next step{hint}", file=sys.stderr, flush=True
-                    )
+        """Take the numbers of signals as they come, until the socket is closed."""
+        received: list[int] = []
+        told = False
+        while numbers := self._receiver.recv(64):
+            received += [number for number in numbers if number in SIGNALS]
+            if received.count(signal.SIGINT) > 1:
+                os._exit(128 + signal.SIGINT)
+            if received and not told:
+                told = True
                 self._asked.set()
-                interrupts += number == signal.SIGINT
-                if interrupts > 1:
-                    os._exit(128 + signal.SIGINT)
+                _tell(received[0])
+
+
+def _tell(number: int) -> None:
+    """Answer a first signal on the console, once for the processes of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        hint = "; another one exits at once" if number == signal.SIGINT else ""
+        print(f"{signal.Signals(number).name}: saving and stopping after this step{hint}", file=sys.stderr, flush=True)
 
 
 def _alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
-def _read(tensor: torch.Tensor, work: dist.Work) -> Agreed:
+def _read(flags: torch.Tensor, work: dist.Work) -> Agreed:
     work.wait()
-    return Agreed(*(bool(each) for each in tensor.tolist()))
+    return Agreed(*(bool(each) for each in flags.tolist()))

@@ -32,8 +32,8 @@ class Beat(NamedTuple):
     """Collectives begun, over all process groups: tells who is missing from one that the others wait in."""
     step: int
     phase: str
-    seconds: float
-    """Age of the beat when it was published."""
+    time: float
+    """Wall-clock time of the beat, the one clock that hosts share."""
 
 
 class Watchdog:
@@ -46,8 +46,8 @@ class Watchdog:
 
     def __init__(self, timeout_seconds: float):
         self._timeout = timeout_seconds
-        self._interval = min(timeout_seconds / 5, 10.0)
-        self._beat = (0, 0, "start-up", time.monotonic())
+        self._interval = min(timeout_seconds / 10, 10.0)
+        self._last = (0, 0, "start-up", time.time())
         self._seen, self._quiet = 0, 0
         self._stop = threading.Event()
         self._rank, self._ranks, self._store = 0, 1, None
@@ -58,7 +58,7 @@ class Watchdog:
 
     def beat(self, step: int, phase: str) -> None:
         """Say that the main thread has come this far; every rank does so in the same places."""
-        self._beat = (self._beat[0] + 1, step, phase, time.monotonic())
+        self._last = (self._last[0] + 1, step, phase, time.time())
 
     def __enter__(self) -> "Watchdog":
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -87,14 +87,14 @@ class Watchdog:
         It counts the intervals that this thread was awake in, so that a process that a scheduler or a debugger had
         stopped does not find its time gone when it goes on.
         """
-        beats = self._beat[0]
+        beats = self._last[0]
         self._quiet = self._quiet + 1 if beats == self._seen else 0
         self._seen = beats
         return self._quiet * self._interval >= self._timeout
 
     def _own(self) -> Beat:
-        beats, step, phase, when = self._beat
-        return Beat(beats, _collectives(), step, phase, time.monotonic() - when)
+        beats, step, phase, when = self._last
+        return Beat(beats, _collectives(), step, phase, when)
 
     def _publish(self) -> None:
         if self._store is not None:
@@ -109,9 +109,11 @@ class Watchdog:
             reader.start()
             reader.join(READ_SECONDS)
         else:
-            _say(describe([self._own()], self._timeout))
-        _say(f"rank {self._rank} of {self._ranks}, {_place(self._own())}, exits with code {HUNG}; its threads:")
-        faulthandler.dump_traceback(file=sys.stderr)
+            _say(describe([self._own()], self._timeout, time.time()))
+        _say(
+            f"rank {self._rank} of {self._ranks} ({_place(self._own(), time.time())}) exits with code {HUNG}; its threads:"
+        )
+        faulthandler.dump_traceback(file=sys.__stderr__)
         sys.stdout.flush()
         os._exit(HUNG)
 
@@ -123,7 +125,7 @@ class Watchdog:
         except RuntimeError:
             _say(f"hung: no progress for {self._timeout:g} s, and the store that knows the other ranks is gone")
             return
-        _say(describe(known, self._timeout))
+        _say(describe(known, self._timeout, time.time()))
 
     def _read(self, rank: int) -> Beat | None:
         if rank == self._rank:
@@ -131,22 +133,22 @@ class Watchdog:
         return Beat(*json.loads(self._store.get(str(rank)))) if self._store.check([str(rank)]) else None
 
 
-def describe(known: list[Beat | None], timeout_seconds: float) -> str:
-    """One message on a hang from every rank's last beat, None where none was ever published."""
+def describe(known: list[Beat | None], timeout_seconds: float, now: float) -> str:
+    """One message on a hang at time `now`, from every rank's last beat, None where none was ever published."""
     progress = [(-1, 0) if each is None else each[:2] for each in known]
     behind = [rank for rank, each in enumerate(progress) if each == min(progress)]
     ahead = [rank for rank, each in enumerate(progress) if each == max(progress)]
     opening = f"hung: no progress for {timeout_seconds:g} s."
     if len(behind) == len(known) > 1:
-        return f"{opening} All {len(known)} ranks are equally far: {_place(known[0])}"
-    named = ", ".join(f"rank {rank} ({_place(known[rank])})" for rank in behind[:8])
+        return f"{opening} All {len(known)} ranks are equally far: {_place(known[0], now)}"
+    named = ", ".join(f"rank {rank} ({_place(known[rank], now)})" for rank in behind[:8])
     more = f" and {len(behind) - 8} more" if len(behind) > 8 else ""
-    others = f"; rank {ahead[0]} is furthest ({_place(known[ahead[0]])})" if len(known) > 1 else ""
+    others = f"; rank {ahead[0]} is furthest ({_place(known[ahead[0]], now)})" if len(known) > 1 else ""
     return f"{opening} Furthest behind: {named}{more}{others}"
 
 
-def _place(beat: Beat | None) -> str:
-    return "not heard of" if beat is None else f"step {beat.step}, {beat.phase}, for {beat.seconds:.0f} s"
+def _place(beat: Beat | None, now: float) -> str:
+    return "not heard of" if beat is None else f"step {beat.step}, {beat.phase}, for {now - beat.time:.0f} s"
 
 
 def _collectives() -> int:

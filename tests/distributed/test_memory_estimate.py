@@ -8,7 +8,7 @@ from runtime.config import Config
 from runtime.data.loader import Batch
 from runtime.model.decoder import Decoder
 from runtime.observe.memory import estimate, micro_batches
-from runtime.optim.adamw import AdamW
+from runtime.optim import adamw
 from runtime.optim.ema import EMA
 from runtime.optim.groups import parameter_groups
 from runtime.parallel.mesh import build, plan_layout
@@ -79,7 +79,7 @@ def _train(config: Config, world_size: int) -> None:
         decoder = Decoder(config.model)
     decoder = parallelize(decoder, mesh, config.parallel)
     materialize(decoder, mesh.device, seed=0)
-    optimizer = AdamW(parameter_groups(decoder, config.optim.weight_decay), config.optim)
+    optimizer = adamw.build(parameter_groups(decoder, config.optim.weight_decay), config.optim)
     ema = EMA(decoder, config.optim.ema_half_life) if config.optim.ema_half_life else None
 
     def update(skip):

@@ -1,12 +1,35 @@
 """The loss trajectory of every layout equals one process's, for every option of the model."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor.parallel import SequenceParallel
+from torch.nn import functional as F
 
 from runtime.config import ParallelConfig
+from runtime.model.config import ModelConfig
+from runtime.model.cross_entropy import LinearCrossEntropy
+from runtime.parallel import gradients
+from runtime.parallel.fsdp import apply_fsdp, fsdp_modules
 from runtime.parallel.mesh import plan_layout
-from tests.distributed.parity import CASES, SEQ_LEN, SEQUENCES, Case, Trajectory, mismatches, train_alone, train_on_mesh
+from runtime.parallel.tensor_parallel import HEADS
+from tests.distributed.parity import (
+    CASES,
+    SEQ_LEN,
+    SEQUENCES,
+    Case,
+    Trajectory,
+    cases_of,
+    mismatches,
+    train_alone,
+    train_on_mesh,
+)
 from tests.workers import run_workers
 
 LAYOUTS = {
@@ -17,6 +40,7 @@ LAYOUTS = {
     "tp4": (4, {"tensor": 4}),
     "fsdp2xtp2": (4, {"tensor": 2}),
 }
+NAMED = {case.name: case for case in CASES}
 
 
 def possible(case: Case, layout: str) -> bool:
@@ -38,13 +62,117 @@ def trajectories(layout: str) -> list[dict[str, Trajectory]]:
     return run_workers(train_all, LAYOUTS[layout][0], layout)
 
 
-alone = cache(train_alone_by_name := lambda name: train_alone(next(case for case in CASES if case.name == name)))
+@cache
+def alone(name: str) -> Trajectory:
+    return train_alone(NAMED[name])
 
 
 @pytest.mark.parametrize(
-    ("layout", "name"),
-    [(layout, case.name) for layout in LAYOUTS for case in CASES if possible(case, layout)],
+    ("layout", "name"), [(layout, case.name) for layout in LAYOUTS for case in CASES if possible(case, layout)]
 )
 def test_a_mesh_trains_like_one_process(layout, name):
     for rank in trajectories(layout):
         assert mismatches(rank[name], alone(name)) == []
+
+
+def test_a_new_option_makes_its_cases():
+    class Extended(ModelConfig):
+        norm: Literal["rmsnorm", "layernorm", "new"] = "rmsnorm"
+        newer: bool = True
+
+    added = {case.name for case in cases_of(Extended)} - {case.name for case in cases_of(ModelConfig)}
+    assert added == {"norm=new", "newer=false"}
+
+
+class Unsummed(SequenceParallel):
+    """Normalises heads with a weight whose gradient stays the own heads' alone."""
+
+    def _apply(self, module: nn.Module, mesh: Any) -> nn.Module:
+        if self.sequence_sharding[0].dim != HEADS:
+            return super()._apply(module, mesh)
+        module.forward = lambda x: F.rms_norm(x, x.shape[-1:], module.weight.to_local(), module.eps)
+        self._replicate_module_fn("", module, mesh)
+        return module
+
+
+def averaged(decoder, mesh, *args):
+    apply_fsdp(decoder, mesh, *args)
+    for module in fsdp_modules(decoder):
+        module.set_gradient_divide_factor(float(mesh.size()))
+
+
+def replicas_apart(decoder, mesh, *args):
+    apply_fsdp(decoder, mesh["data_shard"], *args)
+
+
+def last_rows_kept(parameters, *args):
+    gradients.scale_gradients(parameters, *args)
+    for parameter in parameters:
+        if parameter.shape[0] == 61 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            parameter.grad.to_local().zero_()
+
+
+def counted_twice(parameter):
+    return parameter.grad.device_mesh, 1
+
+
+def local_order(tensor):
+    return [torch.arange(size) for size in tensor.to_local().shape]
+
+
+def head_detached(self, hidden, weight, *args, whole=LinearCrossEntropy.forward):
+    return whole(self, hidden, weight.detach(), *args)
+
+
+Defect = tuple[str, str, Callable[[], AbstractContextManager[Any]]]
+DEFECTS: dict[str, Defect] = {
+    "a norm's gradient is not summed over the tensor ranks": (
+        "tp2",
+        "grouped_query",
+        lambda: patch("runtime.parallel.tensor_parallel.SequenceParallel", Unsummed),
+    ),
+    "gradients are averaged": ("fsdp2", "plain", lambda: patch("runtime.parallel.parallelize.apply_fsdp", averaged)),
+    "replicas keep their own gradients": (
+        "hsdp2x2",
+        "plain",
+        lambda: patch("runtime.parallel.parallelize.apply_fsdp", replicas_apart),
+    ),
+    "the last rows of an uneven shard are never updated": (
+        "fsdp4",
+        "odd_vocabulary_tied",
+        lambda: patch("runtime.step.scale_gradients", last_rows_kept),
+    ),
+    "replicated gradients count twice in the norm": (
+        "fsdp2xtp2",
+        "plain",
+        lambda: patch("runtime.parallel.gradients._mesh_and_copies", counted_twice),
+    ),
+    "each rank divides by its own valid targets": (
+        "fsdp2",
+        "uneven_targets",
+        lambda: patch("runtime.step.dist.all_reduce", lambda *args, **kwargs: None),
+    ),
+    "shards are initialised by their own order": (
+        "fsdp2",
+        "plain",
+        lambda: patch("runtime.parallel.parallelize.local_indices", local_order),
+    ),
+    "a tied head sends no gradient": (
+        "fsdp2",
+        "tie_embeddings=true",
+        lambda: patch.object(LinearCrossEntropy, "forward", head_detached),
+    ),
+}
+
+
+def train_with(rank: int, defect: str) -> Trajectory:
+    layout, name, inject = DEFECTS[defect]
+    with inject():
+        return train_on_mesh(NAMED[name], *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_would_be_seen(defect):
+    layout, name, _ = DEFECTS[defect]
+    found = run_workers(train_with, LAYOUTS[layout][0], defect)
+    assert mismatches(found[0], alone(name))

@@ -44,6 +44,11 @@ def test_rows_in_any_order():
     assert torch.equal(filled([rows, torch.arange(130)]), whole()[rows])
 
 
+def test_a_piece_of_three_dims():
+    shape, indices = (3, 5, 4), [torch.tensor([1, 2]), torch.tensor([2, 3, 4]), torch.tensor([0, 3])]
+    assert torch.equal(filled(indices, shape), whole(shape)[1:, 2:][..., [0, 3]])
+
+
 @pytest.mark.parametrize("shape", [(7,), (3, 5, 4), (2, 140_000), (140_000, 2)])
 def test_any_number_of_dims_and_chunks(shape):
     full = whole(shape)

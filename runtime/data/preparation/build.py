@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -251,7 +252,9 @@ def _in_processes(workers: int) -> Iterator[Callable[..., Iterator[tuple[int, An
     if workers == 1:
         yield lambda function, tasks: ((k, function(task)) for k, task in tasks.items())
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    context = multiprocessing.get_context("spawn")
+    held_here, lifeline = context.Pipe()
+    with ProcessPoolExecutor(workers, context, _start_worker, (lifeline,)) as pool:
 
         def run(function: Callable, tasks: dict[int, Any]) -> Iterator[tuple[int, Any]]:
             futures = {pool.submit(function, task): k for k, task in tasks.items()}
@@ -260,8 +263,9 @@ def _in_processes(workers: int) -> Iterator[Callable[..., Iterator[tuple[int, An
 
         try:
             yield run
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            held_here.close()
+            raise
 
 
 @contextmanager
@@ -293,14 +297,14 @@ def _indexed_dataset() -> ModuleType:
     return indexed_dataset
 
 
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to its parent, ends with it, and encodes on one core."""
+def _start_worker(lifeline: Connection) -> None:
+    """A worker leaves Ctrl-C to its parent, ends when the parent lets go or dies, and encodes on one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
 
     def follow() -> None:
-        parent.join()
+        with suppress(EOFError):
+            lifeline.recv()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

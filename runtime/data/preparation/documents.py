@@ -93,8 +93,13 @@ def _below(root: Path, selection: Selection) -> list[Path]:
     except (ValueError, NotImplementedError, IndexError) as error:
         raise ValueError(f"--glob {selection.glob!r}: {error}") from None
     names = {path.relative_to(root).as_posix(): path for path in found}
-    kept = [name for name in names if not any(fnmatch.fnmatchcase(name, each) for each in selection.exclude)]
-    return [names[name] for name in sorted(kept)]
+    # The slash lets "**/name/**" match at the top as well.
+    return [names[name] for name in sorted(names) if not any(_matches(name, each) for each in selection.exclude)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Shell-style; a leading ``**/`` matches at the top too."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f"/{name}", pattern)
 
 
 def _pieces(path: Path, selection: Selection, document_bytes: int) -> list[Piece]:

@@ -1,0 +1,171 @@
+"""Parameter groups, and AdamW on one process."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.config import OptimConfig
+from runtime.model.config import ModelConfig
+from runtime.model.decoder import Decoder
+from runtime.model.initialization import initialize
+from runtime.model.parametrization import Role, role
+from runtime.optim.adamw import STATE_KINDS, AdamW, StateKind, build
+from runtime.optim.groups import parameter_groups
+
+MODEL = {"num_layers": 2, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "vocab_size": 11}
+OPTIM = OptimConfig(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+SKIP, KEEP = torch.ones(()), torch.zeros(())
+
+
+def decoder_of(**changes):
+    decoder = Decoder(ModelConfig(**(MODEL | changes)))
+    initialize(decoder, seed=0)
+    return decoder
+
+
+def optimizer_of(decoder):
+    return build(parameter_groups(decoder, OPTIM.weight_decay), OPTIM)
+
+
+def give_gradients(decoder, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def bits(tensors):
+    return {name: tensor.detach().clone().view(torch.int32) for name, tensor in tensors}
+
+
+def everything(decoder, optimizer):
+    return bits([*decoder.named_parameters(), *optimizer.tensors().items()])
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(each, second[name]) for name, each in first.items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"norm": "layernorm"}])
+def test_every_parameter_is_in_one_group_and_decays_by_its_role(changes):
+    decoder = decoder_of(**changes)
+    groups = parameter_groups(decoder, weight_decay=0.3)
+    named = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
+    assert len(named) == len(dict(named)) and dict(named) == dict(decoder.named_parameters())
+    for group in groups:
+        for name in group["names"]:
+            exempt = role(name) in (Role.NORM, Role.EMBEDDING)
+            assert group["weight_decay"] == (0.0 if exempt else 0.3), name
+
+
+def test_it_is_torch_adamw():
+    decoder, reference = decoder_of(), decoder_of()
+    ours = optimizer_of(decoder)
+    settings = [
+        {"params": group["params"], "weight_decay": group["weight_decay"]} for group in parameter_groups(reference, 0.3)
+    ]
+    theirs = torch.optim.AdamW(settings, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, foreach=False)
+    for step in range(5):
+        lr = 0.01 / (step + 1)
+        ours.set_learning_rate(lr)
+        for group in theirs.param_groups:
+            group["lr"] = lr
+        give_gradients(decoder, step)
+        give_gradients(reference, step)
+        ours.step(KEEP)
+        theirs.step()
+    state = ours.tensors()
+    for (name, mine), other in zip(decoder.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}")
+        for key, expected in theirs.state[other].items():
+            torch.testing.assert_close(state[f"{name}.{key}"], expected)
+
+
+@pytest.mark.parametrize("gradient", ["as it was", math.nan, math.inf])
+def test_a_skipped_step_leaves_every_bit(gradient):
+    decoder = decoder_of()
+    optimizer = optimizer_of(decoder)
+    for seed in (0, 1):
+        give_gradients(decoder, seed)
+        optimizer.step(KEEP)
+    before = everything(decoder, optimizer)
+    if gradient != "as it was":
+        for parameter in decoder.parameters():
+            parameter.grad.view(-1)[0] = gradient
+    optimizer.step(SKIP)
+    assert same(everything(decoder, optimizer), before)
+    give_gradients(decoder, 2)
+    optimizer.step(KEEP)
+    assert not any(torch.equal(each, before[name]) for name, each in everything(decoder, optimizer).items())
+
+
+def test_a_skipped_step_might_never_have_been():
+    plain, skipping = decoder_of(), decoder_of()
+    optimizers = optimizer_of(plain), optimizer_of(skipping)
+    for seed in range(4):
+        give_gradients(plain, seed)
+        optimizers[0].step(KEEP)
+        give_gradients(skipping, 99)
+        optimizers[1].step(SKIP)
+        give_gradients(skipping, seed)
+        optimizers[1].step(KEEP)
+    assert same(everything(plain, optimizers[0]), everything(skipping, optimizers[1]))
+
+
+def test_filling_the_state_in_place_restores_an_optimizer_that_has_made_no_step():
+    decoder, resumed = decoder_of(), decoder_of()
+    optimizer, fresh = optimizer_of(decoder), optimizer_of(resumed)
+    give_gradients(decoder, 0)
+    optimizer.step(KEEP)
+    assert fresh.tensors().keys() == optimizer.tensors().keys()
+    with torch.no_grad():
+        for name, parameter in resumed.named_parameters():
+            parameter.copy_(decoder.get_parameter(name))
+        for name, tensor in fresh.tensors().items():
+            tensor.copy_(optimizer.tensors()[name])
+    for each in (decoder, resumed):
+        give_gradients(each, 1)
+    optimizer.step(KEEP)
+    fresh.step(KEEP)
+    assert same(everything(resumed, fresh), everything(decoder, optimizer))
+
+
+def test_the_state_is_named_by_parameter_and_has_kinds():
+    decoder = decoder_of()
+    state = optimizer_of(decoder).tensors()
+    names = [name for name, _ in decoder.named_parameters()]
+    assert sorted(state) == sorted(f"{name}.{key}" for name in names for key in STATE_KINDS)
+    assert STATE_KINDS == {
+        "exp_avg": StateKind.GRADIENT,
+        "exp_avg_sq": StateKind.SQUARE,
+        "step": StateKind.COUNTER,
+    }
+
+
+def test_a_group_takes_its_multiple_of_the_base_rate():
+    """With betas of zero and no decay a step is the rate times the gradient's sign."""
+    parameters = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    groups = [
+        {"names": [str(scale)], "params": [parameter], "lr_scale": scale, "weight_decay": 0.0}
+        for scale, parameter in zip((1.0, 0.25), parameters, strict=True)
+    ]
+    optimizer = AdamW(groups, lr=1.0, betas=(0.0, 0.0), eps=1e-12)
+    optimizer.set_learning_rate(0.2)
+    assert [group["lr"] for group in groups] == [0.2, 0.05]
+    for parameter in parameters:
+        parameter.grad = torch.full((3,), -7.0)
+    optimizer.step()
+    assert [parameter.tolist() for parameter in parameters] == [pytest.approx([0.2] * 3), pytest.approx([0.05] * 3)]
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    decoder = decoder_of()
+    optimizer = optimizer_of(decoder)
+    give_gradients(decoder, 0)
+    decoder.head.weight.grad = None
+    before = everything(decoder, optimizer)
+    optimizer.step(KEEP)
+    changed = {name for name, each in everything(decoder, optimizer).items() if not torch.equal(each, before[name])}
+    assert changed and not any(name.startswith("head.") for name in changed)
+    assert any(name.startswith("norm.") for name in changed)
