@@ -9,7 +9,7 @@ from typing import Any
 from runtime.config import Config
 from runtime.observe.jsonl import read_rows
 
-PROMPTS = ("def ", "import ", "class ")
+PROMPTS = ("def __init__(self", "import os", "class Test")
 
 
 def close(config: Config, command: list[str], outcome: str) -> None:

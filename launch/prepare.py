@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        reasons = {KeyboardInterrupt: "interrupted", BrokenProcessPool: "a worker was killed; memory may be short"}
+        reason = reasons.get(type(error), error)
         print(f"stopped: {reason}. Finished shards are kept; the same command continues.", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     _summarize(record, arguments.out)
@@ -145,13 +146,13 @@ def _display() -> Iterator[tuple[Report, Advance]]:
 def _summarize(record: dict[str, Any], out: str) -> None:
     train = record["splits"]["train"]
     notes = {
-        "empty": "empty documents were left out",
-        "binary": "files with NUL bytes were left out as binary",
-        "repaired": "documents had bytes that are not UTF-8, replaced by U+FFFD",
+        "empty": "empty documents, left out",
+        "binary": "binary files (with NUL bytes), left out",
+        "repaired": "documents with bytes that are not UTF-8, replaced by U+FFFD",
     }
     for kind, note in notes.items():
         if count := train[f"documents_{kind}"]:
-            print(f"{count:,} {note}")
+            print(f"{note}: {count:,}")
     for split, each in record["splits"].items():
         print(
             f"{split:<8} {each['tokens']:>14,} tokens {each['documents']:>10,} documents "

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from runtime.checkpoint.retention import parse
 from runtime.checkpoint.store import CheckpointStore
+from runtime.checkpoint.unsharded import split
 from runtime.config import Config
 from runtime.data.evaluation_set import EvaluationSet
 from runtime.data.loader import Loader
@@ -125,38 +125,29 @@ class Origin:
     """The checkpoint a launch begins from: its own run's newest, or another's."""
 
     store: CheckpointStore
+    location: str
     name: str
     carry: Literal["own", "all", "weights"]
     description: dict[str, Any]
 
 
-def find_origin(config: Config, own: CheckpointStore, stack: ExitStack) -> Origin | None:
+def find_origin(config: Config, location: str, own: CheckpointStore, stack: ExitStack) -> Origin | None:
     """The newest checkpoint of this run, else the one that `start.from` names, else None; a collective.
 
     ValueError if there are checkpoints and none is intact, or `start.from` leads to none.
     """
     name = own.newest()
     if name is not None:
-        return Origin(own, name, "own", own.read_state(name))
+        return Origin(own, location, name, "own", own.read_state(name))
     if config.start.from_ is None:
         return None
-    location, name = locate(config.start.from_)
+    location, name = split(config.start.from_)
     other = CheckpointStore(location, read_only=True)
     stack.callback(other.close)
     name = name or other.newest()
     if name is None:
         raise ValueError(f"start.from = {config.start.from_!r}: no checkpoint there")
-    return Origin(other, name, config.start.carry, other.read_state(name))
-
-
-def locate(path: str) -> tuple[str, str | None]:
-    """Where the checkpoints of a path lie, and the one it names, if it names one: a checkpoint's folder, a run's,
-    or the folder of a run's checkpoints; each may be an fsspec URL."""
-    parent, _, last = path.rstrip("/").rpartition("/")
-    if parse(last):
-        return parent or ".", last
-    is_run = "://" in path or (Path(path) / "checkpoints").is_dir()
-    return (f"{path.rstrip('/')}/checkpoints" if is_run and last != "checkpoints" else path), None
+    return Origin(other, location, name, config.start.carry, other.read_state(name))
 
 
 def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tuple[TrainState, MixtureHistory, bool]:
@@ -183,7 +174,7 @@ def parent_of(origin: Origin) -> dict[str, Any]:
     """What a run remembers of the checkpoint it began from."""
     train = origin.description["train"]
     return {
-        "checkpoint": f"{origin.store.location}/{origin.name}",
+        "checkpoint": f"{origin.location}/{origin.name}",
         "run": origin.description["config"].get("run", {}).get("name"),
         "carry": origin.carry,
         "tokens": train["clock"]["tokens"],
@@ -207,9 +198,10 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
         directory = RunDirectory(Path(config.run.dir) / config.run.name)
         watchdog.beat(0, "looking for checkpoints")
         with bad_input():
-            store = CheckpointStore(config.checkpoint.dir or directory.path / "checkpoints")
+            location = config.checkpoint.dir or str(directory.path / "checkpoints")
+            store = CheckpointStore(location)
             stack.callback(store.close)
-            origin = find_origin(config, store, stack)
+            origin = find_origin(config, location, store, stack)
         state, history, changed = agree(lambda: restore_state(config, inputs, origin))
         interruption.exit_if_asked()
 

@@ -35,10 +35,10 @@ class Persistence:
         self._decoder, self._optimizer, self._ema, self._guard = decoder, optimizer, ema, guard
         self._tokenizer = tokenizer
 
-    def save(self, state: TrainState, *, elapsed: float, wait: bool = False) -> None:
+    def save(self, state: TrainState, *, elapsed: float, wait: bool, retain: bool) -> None:
         """Begin a checkpoint of this moment; training may go on at once unless `wait`. A collective.
 
-        `elapsed` is this launch's seconds, to be added to the state's.
+        `elapsed` is this launch's seconds, to be added to the state's. `retain`: also remove checkpoints grown old.
         """
         name = checkpoint_name(state)
         tokenizer = self._tokenizer
@@ -53,7 +53,8 @@ class Persistence:
         }
         asynchronous = self._config.checkpoint.asynchronous and not wait
         self.store.save(name, self._tensors(), description, asynchronous=asynchronous)
-        self.store.retain(self._config.checkpoint.keep_last, self._config.checkpoint.keep_every)
+        if retain:
+            self.store.retain(self._config.checkpoint.keep_last, self._config.checkpoint.keep_every)
 
     def load(self, name: str) -> TrainState:
         """Restore everything from one of this run's own checkpoints; a collective."""

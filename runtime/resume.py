@@ -17,13 +17,16 @@ evaluation cadence are free; the data's sources have a rule of their own."""
 
 
 def refuse_changes(stored: dict[str, Any], config: Config, checkpoint: str) -> None:
-    """ValueError that names the first key in which a stored configuration and this one decide differently."""
+    """ValueError that names every key in which a stored configuration and this one decide differently."""
     current = config.model_dump(mode="json", by_alias=True)
-    for section, keys in FROZEN.items():
-        before, now = stored.get(section, {}), current[section]
-        for key in keys or sorted(now.keys() | before.keys()):
-            if before.get(key) != now.get(key):
-                raise ValueError(
-                    f"{section}.{key} = {now.get(key)!r}, but the run in {checkpoint} was trained with "
-                    f"{before.get(key)!r}; put it back, or begin a new run from it by start.from"
-                )
+    changed = [
+        f"{section}.{key} = {current[section].get(key)!r} (was {stored.get(section, {}).get(key)!r})"
+        for section, keys in FROZEN.items()
+        for key in keys or current[section].keys() | stored.get(section, {}).keys()
+        if stored.get(section, {}).get(key) != current[section].get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{', '.join(sorted(changed))}: the run's {checkpoint} was trained otherwise; put it back, or begin a new "
+            "run from it, with another run.name and start.from"
+        )

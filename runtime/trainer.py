@@ -68,17 +68,17 @@ class Trainer:
         outcome = None
         if self.state.clock.step and not self.evaluate_if_due():
             outcome = self.halted()
-        while outcome is None and self.state.clock.tokens < self.end:
+        while outcome is None and not self.at_end():
             self.step()
             outcome = self.report_if_due() or self.halted()
-            ends = self.state.clock.tokens >= self.end
-            if outcome is None and (ends or self.is_due(self.config.checkpoint.every)):
+            if outcome is None and (self.at_end() or self.is_due(self.config.checkpoint.every)):
                 self.save()
             if outcome is None and not self.evaluate_if_due():
                 outcome = self.halted()
         outcome = outcome or Outcome.FINISHED
         self.reporter.read(self.state)
-        self.save(wait=True)
+        # Retention reads a checkpoint back, which a launch that was told to stop has no time for.
+        self.save(wait=True, retain=outcome is Outcome.FINISHED)
         self.reporter.event("run_end", self.state, outcome=str(outcome))
         return outcome
 
@@ -118,13 +118,17 @@ class Trainer:
         except ValueError as error:
             raise BadInput(str(error)) from error
 
+    def at_end(self) -> bool:
+        return self.state.clock.tokens >= self.end
+
     def is_due(self, every: int | None) -> bool:
         after = self.state.clock.tokens
         return is_due(every, after - self.state.batch_tokens, after)
 
     def report_if_due(self) -> Outcome | None:
         """Read the device at the logging cadence, and act on too many skipped steps in a row."""
-        if self.state.clock.step % self.config.observe.log_every and self.state.clock.step > 1:
+        step = self.state.clock.step
+        if step % self.config.observe.log_every and step > 1 and not self.at_end():
             return None
         self.persistence.store.poll()
         spike = self.reporter.read(self.state)
@@ -167,21 +171,20 @@ class Trainer:
         budget = self.config.run.max_minutes
         return budget is not None and self.reporter.elapsed() >= budget * 60
 
-    def save(self, *, wait: bool = False) -> None:
+    def save(self, *, wait: bool = False, retain: bool = True) -> None:
         """A checkpoint of this boundary, unless there is one."""
         name = checkpoint_name(self.state)
         self.watchdog.beat(self.state.clock.step, "checkpoint")
         with self.reporter.throughput.paused():
             if name != self._saved:
-                self.persistence.save(self.state, elapsed=self.reporter.elapsed(), wait=wait)
+                self.persistence.save(self.state, elapsed=self.reporter.elapsed(), wait=wait, retain=retain)
                 self._saved = name
             if wait:
                 self.persistence.store.wait()
 
     def evaluate_if_due(self) -> bool:
         """Evaluate the held-out sets where the cadence or the end asks for it; False if interrupted."""
-        ends = self.state.clock.tokens >= self.end
-        if not self.held_out or not (ends or self.is_due(self.config.evaluation.every)):
+        if not self.held_out or not (self.at_end() or self.is_due(self.config.evaluation.every)):
             return True
         with self.reporter.throughput.paused():
             if not self.evaluate_weights(""):

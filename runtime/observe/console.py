@@ -77,7 +77,8 @@ class Console:
         if self._first is None:
             self._first = (now, tokens)
         since, first = self._first
-        return (now - since) / (tokens - first) * (self._total - tokens) if tokens > first else None
+        left = max(0, self._total - tokens)
+        return (now - since) / (tokens - first) * left if tokens > first else None
 
     def _show(self, row: Metrics, left: float | None) -> None:
         if self._progress is None:

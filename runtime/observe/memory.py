@@ -1,17 +1,19 @@
 """Memory of a device at its fullest moment, from one training step that allocates nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import DTensor
 
 from runtime.config import Config
 from runtime.data.loader import Batch
 from runtime.model.decoder import Decoder
+from runtime.model.normalization import RMSNorm
 from runtime.observe.allocation import EMA as EMA_KIND
 from runtime.observe.allocation import GRADIENTS, KINDS, LOGITS, OPTIMIZER, PARAMETERS, AllocationTracker
 from runtime.optim import adamw
@@ -52,6 +54,7 @@ def estimate(config: Config, layout: Layout, *, device_type: str = "cpu") -> Mem
         decoder = _build_decoder(config, mesh, device_type)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             decoder.to_empty(device="cpu")
+            _take_fused_norms(decoder, device_type)
             tracker = AllocationTracker(fake)
             _follow_step(config, mesh, decoder, tracker)
     return MemoryEstimate({kind: tracker.peak[kind] for kind in KINDS})
@@ -102,7 +105,7 @@ def _follow_step(config: Config, mesh: Mesh, decoder: nn.Module, tracker: Alloca
     tokens = torch.zeros(sequences, config.data.seq_len, dtype=torch.int64)
     batch = Batch(tokens, tokens, tokens if config.data.document_mask else None)
 
-    def update(skip: torch.Tensor) -> None:
+    def update(skip: Tensor) -> None:
         # The optimizer works in place; fake tensors do not know its kernel, and would copy all it touches.
         if ema is not None:
             ema.update(config.batch.sequences * config.data.seq_len, skip)
@@ -126,6 +129,44 @@ def _follow_step(config: Config, mesh: Mesh, decoder: nn.Module, tracker: Alloca
             grad_clip=config.optim.grad_clip,
             data_group=mesh.data_group,
         )
+
+
+def _take_fused_norms(decoder: nn.Module, device_type: str) -> None:
+    """Give the norms the memory of their fused kernels, which fake tensors would not take.
+
+    On a GPU, `F.rms_norm` keeps its input; the model's own kernel for plain tensors on a CPU keeps the
+    normalised input, and has room for the gradient once more.
+    """
+    for module in decoder.modules():
+        if isinstance(module, RMSNorm):
+            eager, on_cpu = module.forward, device_type == "cpu"
+
+            def forward(x: Tensor, module: RMSNorm = module, eager: Callable[[Tensor], Tensor] = eager) -> Tensor:
+                if on_cpu and (isinstance(x, DTensor) or x.dtype == torch.bfloat16):
+                    return eager(x)
+                return _FusedNorm.apply(x, module.weight, on_cpu)
+
+            module.forward = forward
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Allocates what a fused RMSNorm would, and computes nothing of use."""
+
+    @staticmethod
+    def forward(ctx, x, weight, keeps_normalised):
+        kept = x * 1.0 if keeps_normalised else x
+        ctx.save_for_backward(kept, weight, x.sum(-1, keepdim=True))
+        ctx.keeps_normalised = keeps_normalised
+        return kept * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept, weight, _ = ctx.saved_tensors
+        product = grad * kept
+        by_weight = product.flatten(0, -2).sum(0)
+        if not ctx.keeps_normalised:
+            del product
+        return grad * weight, by_weight, None
 
 
 def _mark_logits(cross_entropy: nn.Module, tracker: AllocationTracker) -> None:

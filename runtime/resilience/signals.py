@@ -40,7 +40,7 @@ class Interruption:
         """`timeout` is that of the group, made by the first collective here; so a launch can enter this before it
         has a process group."""
         self._timeout = timeout
-        self._asked = threading.Event()
+        self._asked = False
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
@@ -50,7 +50,7 @@ class Interruption:
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        self._handlers_before = [signal.signal(each, lambda *_: self._asked.set()) for each in SIGNALS]
+        self._handlers_before = [signal.signal(each, self._mark) for each in SIGNALS]
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -75,7 +75,7 @@ class Interruption:
         A collective, to be called by all ranks in the same places; the n-th call gives all of them the same answer.
         One process knows at once.
         """
-        own = Agreed(self._asked.is_set(), out_of_time)
+        own = Agreed(self._asked, out_of_time)
         if _alone():
             return own
         before, self._pending = self._pending, self._begin(own)
@@ -86,7 +86,7 @@ class Interruption:
 
         For start-up, before there is anything to save.
         """
-        own = Agreed(self._asked.is_set(), False)
+        own = Agreed(self._asked, False)
         agreed = own if _alone() else _read(*self._begin(own))
         if agreed.interrupted:
             raise SystemExit(INTERRUPTED)
@@ -96,6 +96,10 @@ class Interruption:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         flags = torch.tensor(own, dtype=torch.uint8)
         return flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def _mark(self, *_: object) -> None:
+        # No lock, no Event: a handler may interrupt another in the midst of taking it.
+        self._asked = True
 
     def _listen(self) -> None:
         """Take the numbers of signals as they come, until the socket is closed."""
@@ -107,7 +111,7 @@ class Interruption:
                 os._exit(128 + signal.SIGINT)
             if received and not told:
                 told = True
-                self._asked.set()
+                self._mark()
                 _tell(received[0])
 
 

@@ -103,27 +103,27 @@ class Watchdog:
 
     def _end(self) -> None:
         """Say who is behind, once for all ranks, and where this one stands; never returns."""
-        if self._store is not None:
+        try:
             # A thread of its own, for the host of the store may be what hangs.
             reader = threading.Thread(target=self._report, daemon=True)
             reader.start()
             reader.join(READ_SECONDS)
-        else:
-            _say(describe([self._own()], self._timeout, time.time()))
-        _say(
-            f"rank {self._rank} of {self._ranks} ({_place(self._own(), time.time())}) exits with code {HUNG}; its threads:"
-        )
-        faulthandler.dump_traceback(file=sys.__stderr__)
-        sys.stdout.flush()
-        os._exit(HUNG)
+            if reader.is_alive():
+                _say(f"{_opening(self._timeout)} The store that knows the other ranks does not answer")
+            place = _place(self._own(), time.time())
+            _say(f"rank {self._rank} of {self._ranks} ({place}) exits with code {HUNG}; its threads:")
+            faulthandler.dump_traceback(file=sys.__stderr__)
+            sys.stdout.flush()
+        finally:
+            os._exit(HUNG)
 
     def _report(self) -> None:
         try:
-            if self._store.add("reports", 1) > 1:
+            if self._store is not None and self._store.add("reports", 1) > 1:
                 return
             known = [self._read(rank) for rank in range(self._ranks)]
         except RuntimeError:
-            _say(f"hung: no progress for {self._timeout:g} s, and the store that knows the other ranks is gone")
+            _say(f"{_opening(self._timeout)} The store that knows the other ranks is gone")
             return
         _say(describe(known, self._timeout, time.time()))
 
@@ -138,13 +138,17 @@ def describe(known: list[Beat | None], timeout_seconds: float, now: float) -> st
     progress = [(-1, 0) if each is None else each[:2] for each in known]
     behind = [rank for rank, each in enumerate(progress) if each == min(progress)]
     ahead = [rank for rank, each in enumerate(progress) if each == max(progress)]
-    opening = f"hung: no progress for {timeout_seconds:g} s."
+    opening = _opening(timeout_seconds)
     if len(behind) == len(known) > 1:
         return f"{opening} All {len(known)} ranks are equally far: {_place(known[0], now)}"
     named = ", ".join(f"rank {rank} ({_place(known[rank], now)})" for rank in behind[:8])
     more = f" and {len(behind) - 8} more" if len(behind) > 8 else ""
     others = f"; rank {ahead[0]} is furthest ({_place(known[ahead[0]], now)})" if len(known) > 1 else ""
     return f"{opening} Furthest behind: {named}{more}{others}"
+
+
+def _opening(timeout_seconds: float) -> str:
+    return f"hung: no progress for {timeout_seconds:g} s."
 
 
 def _place(beat: Beat | None, now: float) -> str:

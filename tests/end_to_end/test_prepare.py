@@ -215,6 +215,14 @@ def test_two_preparations_do_not_share_a_folder(corpus, tmp_path, monkeypatch, c
     assert "another preparation is writing to it" in capsys.readouterr().err
 
 
+def test_outputs_inside_the_input_are_not_read_and_no_file_twice(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    command = [str(tmp_path), str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *VOCABULARY]
+    for _ in range(2):
+        assert main(command) == 0
+        assert documents_of(tmp_path / "out" / "train") == ["some text " * 20]
+
+
 def test_a_given_tokenizer_is_used_and_kept(corpus, tmp_path):
     bpe.train(["some other text"], 270).save(str(tmp_path / "tokenizer.json"))
     for given in (tmp_path / "tokenizer.json", tmp_path):
@@ -239,8 +247,8 @@ def test_what_was_left_out_or_repaired_is_said(tmp_path, capsys):
     (folder / "c.bin").write_bytes(b"\0\1\2")
     assert main([str(folder), "--out", str(tmp_path / "out"), *VOCABULARY]) == 0
     printed = capsys.readouterr().out
-    assert "1 files with NUL bytes were left out as binary" in printed
-    assert "1 documents had bytes that are not UTF-8, replaced by U+FFFD" in printed
+    assert "binary files (with NUL bytes), left out: 1" in printed
+    assert "documents with bytes that are not UTF-8, replaced by U+FFFD: 1" in printed
     metadata = TokenFile(tmp_path / "out" / "train").metadata
     assert (metadata["documents_binary"], metadata["documents_repaired"]) == (1, 1)
 

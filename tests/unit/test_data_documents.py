@@ -52,6 +52,10 @@ def test_formats_are_known_by_suffix(tmp_path, name):
     else:
         path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
     assert select(path) == RECORDS
+    link = tmp_path / f"link-{name}"
+    path.rename(tmp_path / "blob")
+    link.symlink_to(tmp_path / "blob")
+    assert select(link) == RECORDS, "the suffix of a link counts, as in a download cache"
 
 
 def test_a_folder_gives_its_files_in_order_as_documents(tmp_path):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.config import OptimConfig
 from runtime.model.config import ModelConfig
@@ -12,10 +13,13 @@ from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
 from runtime.model.parametrization import Role, role
 from runtime.optim.adamw import STATE_KINDS, AdamW, StateKind, build
+from runtime.optim.ema import EMA
 from runtime.optim.groups import parameter_groups
+from runtime.resilience.guard import StepGuard
 
 MODEL = {"num_layers": 2, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "vocab_size": 11}
 OPTIM = OptimConfig(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+aten = torch.ops.aten
 SKIP, KEEP = torch.ones(()), torch.zeros(())
 
 
@@ -98,6 +102,29 @@ def test_a_skipped_step_leaves_every_bit(gradient):
     give_gradients(decoder, 2)
     optimizer.step(KEEP)
     assert not any(torch.equal(each, before[name]) for name, each in everything(decoder, optimizer).items())
+
+
+class NeverRead(TorchDispatchMode):
+    """Fails where the host takes a value from a tensor, as `item()`, `if tensor` and masks do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (aten._local_scalar_dense, aten.nonzero, aten.equal), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sigma", [None, 6.0])
+def test_from_the_loss_to_the_weights_the_host_reads_nothing(sigma):
+    decoder = decoder_of()
+    optimizer, ema, guard = optimizer_of(decoder), EMA(decoder, half_life=100), StepGuard(sigma, 4, "cpu")
+    give_gradients(decoder, 0)
+    loss = torch.tensor(1.0)
+    with NeverRead():
+        for _ in range(4):
+            skip = guard.judge(loss, loss)
+            optimizer.step(skip)
+            ema.update(10, skip)
+    with pytest.raises(AssertionError), NeverRead():
+        loss.item()
 
 
 def test_a_skipped_step_might_never_have_been():

@@ -59,7 +59,7 @@ class Preparation:
 
     def __init__(self, options: Options, out: str | os.PathLike[str], overwrite: bool = False):
         self.options, self.out, self.overwrite = options, Path(out), overwrite
-        self.pieces = documents.find(options.selection)
+        self.pieces = documents.find(options.selection, outside=self.out.resolve())
         self.key = _key(options, self.pieces)
         self._work = self.out / f".preparation-{self.key}"
         if options.tokenizer is not None:

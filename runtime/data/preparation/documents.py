@@ -48,27 +48,26 @@ class Piece:
     document_bytes: int = FILE_DOCUMENT_BYTES
 
 
-def find(selection: Selection) -> list[Piece]:
+def find(selection: Selection, outside: Path | None = None) -> list[Piece]:
     """The pieces of all selected files, in the order of the inputs and of the paths below each.
 
-    ValueError for an input that is missing, empty, or not of the format asked for.
+    A file reached twice is read once, and files below the folder `outside` not at all. ValueError for an input that is missing, empty, or not of the format asked for.
     """
     if selection.format not in FORMATS:
         raise ValueError(f"--format {selection.format} is unknown; known: {', '.join(FORMATS)}")
-    pieces: list[Piece] = []
+    found: dict[Path, list[Piece]] = {}
     for name in selection.inputs:
         root = Path(name)
         if not root.exists():
             raise ValueError(f"{name}: no such file or folder")
         if selection.format == "folder" and not root.is_dir():
             raise ValueError(f"{name}: not a folder")
-        if root.is_dir():
-            files = _below(root, selection)
-            if not files:
-                raise ValueError(f"{name}: no file matches {selection.glob!r} and no --exclude")
-            pieces += [piece for file in files for piece in _pieces(file, selection, FILE_DOCUMENT_BYTES)]
-        else:
-            pieces += _pieces(root, selection, GIVEN_DOCUMENT_BYTES)
+        document_bytes = FILE_DOCUMENT_BYTES if root.is_dir() else GIVEN_DOCUMENT_BYTES
+        for file in _below(root, selection) if root.is_dir() else [root]:
+            real = file.resolve()
+            if real not in found and outside not in real.parents:
+                found[real] = _pieces(file, selection, document_bytes)
+    pieces = [piece for each in found.values() for piece in each]
     if not pieces:
         raise ValueError(f"{', '.join(selection.inputs)}: empty")
     return pieces
@@ -107,7 +106,7 @@ def _pieces(path: Path, selection: Selection, document_bytes: int) -> list[Piece
     if kind == "auto":
         kind = next((each for suffix, each in _SUFFIXES.items() if path.name.lower().endswith(suffix)), TEXT)
     kind = TEXT if kind == "folder" else kind
-    size, absolute = path.stat().st_size, str(path.resolve())
+    size, absolute = path.stat().st_size, str(path.absolute())
     if kind == PARQUET:
         return _row_groups(absolute, size, selection.column)
     field = selection.key if kind == JSONL else ""

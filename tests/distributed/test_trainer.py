@@ -1,0 +1,154 @@
+"""The whole trainer on gloo: what a resume, another mesh, a branch and a change of data do to a trajectory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.assembly import open_trainer
+from runtime.checkpoint.unsharded import open_unsharded
+from runtime.observe.jsonl import read_rows
+from runtime.startup import BadInput
+from tests.corpus import tiny_run, write_corpus
+from tests.workers import run_workers
+
+BATCH = 8 * 32
+TOLERANCE = 2e-5
+"""Relative; what regrouped float32 sums may differ by over a dozen steps (tests/distributed/test_parity.py)."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trainer")
+    write_corpus(folder / "data" / "train")
+    write_corpus(folder / "data" / "other", seed=2)
+    write_corpus(folder / "data" / "heldout", documents=20, seed=1)
+    return folder
+
+
+def launch(rank: int, folder: Path, sections: dict[str, dict[str, Any]]) -> str:
+    """One launch of a tiny run on this process group; its outcome."""
+    with open_trainer(tiny_run(folder, **sections), "") as trainer:
+        return str(trainer.run())
+
+
+def train(folder: Path, name: str, processes: int = 1, **sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """Launch a run and return its metrics rows."""
+    sections["run"] = {"name": name, **sections.get("run", {})}
+    outcomes = run_workers(launch, processes, folder, sections)
+    assert outcomes == ["finished"] * processes
+    return read_rows(folder / "runs" / name / "metrics.jsonl")
+
+
+def column(rows: list[dict[str, Any]], key: str) -> list[Any]:
+    return [row[key] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> list[dict[str, Any]]:
+    return train(folder, "whole")
+
+
+def test_a_run_learns_and_keeps_its_clock(whole, folder):
+    assert column(whole, "tokens") == [BATCH * step for step in range(1, 13)]
+    assert whole[-1]["loss"] < 0.7 * whole[0]["loss"]
+    flops = json.loads((folder / "runs" / "whole" / "run.json").read_text())["segments"][0]["flops_per_token"]
+    assert whole[-1]["flops"] == flops * whole[-1]["tokens"]
+    held_out = read_rows(folder / "runs" / "whole" / "evaluations.jsonl")
+    assert column(held_out, "tokens") == [6 * BATCH, 12 * BATCH]
+    assert held_out[1]["loss"] < held_out[0]["loss"]
+
+
+EXACT = ("loss", "grad_norm", "lr", "tokens", "sequences", "flops")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, processes):
+    options = {"optim": {"ema_half_life": "1K"}, "guard": {"sigma": 3.0, "window": 4}, "model": {"qk_norm": True}}
+    name = f"in-parts-{processes}"
+    uninterrupted = train(folder, f"in-one-{processes}", processes, **options)
+    for until in (3, 7, 12):
+        resumed = train(folder, name, processes, run={"until": until * BATCH}, **options)
+    assert [column(resumed, key) for key in EXACT] == [column(uninterrupted, key) for key in EXACT]
+    ours, _ = open_unsharded(folder / "runs" / name)
+    theirs, _ = open_unsharded(folder / "runs" / f"in-one-{processes}")
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+MESHES = [
+    (2, {}),
+    (2, {"parallel": {"tensor": 2}}),
+    (4, {"parallel": {"tensor": 2}}),
+    (4, {"parallel": {"data_replicate": 2}}),
+    (1, {"batch": {"micro_sequences": 3}}),
+    (2, {"batch": {"micro_sequences": 1}, "parallel": {"recompute": "full"}}),
+]
+
+
+@pytest.mark.parametrize(("processes", "sections"), MESHES)
+def test_a_run_resumed_on_another_mesh_goes_the_same_way(folder, whole, processes, sections):
+    name = f"moved-{processes}-{len(str(sections))}-{'-'.join(sections)}"
+    train(folder, name, run={"until": 4 * BATCH})
+    rows = train(folder, name, processes, **sections)
+    for key in ("lr", "tokens", "sequences"):
+        assert column(rows, key) == column(whole, key)
+    assert column(rows, "loss") == pytest.approx(column(whole, "loss"), rel=TOLERANCE)
+
+
+def test_a_branch_carries_all_and_a_new_run_only_the_weights(folder, whole):
+    parent = str(folder / "runs" / "whole")
+    late = {"schedule": {"horizon": 15 * BATCH, "kind": "constant"}}
+    branch = train(folder, "branch", start={"from": parent}, **late)
+    assert column(branch, "step") == [13, 14, 15]
+    assert branch[0]["flops"] > whole[-1]["flops"]
+    fresh = train(
+        folder, "fresh", start={"from": parent, "carry": "weights"}, schedule={"horizon": 2 * BATCH, "warmup": 0}
+    )
+    assert column(fresh, "step") == [1, 2]
+    assert fresh[0]["loss"] < 1.2 * whole[-1]["loss"] < whole[0]["loss"]
+    identity = json.loads((folder / "runs" / "branch" / "run.json").read_text())
+    assert identity["parent"]["tokens"] == 12 * BATCH
+
+
+def test_other_data_on_resume_is_refused_or_an_event(folder):
+    train(folder, "switch", run={"until": 4 * BATCH})
+    other = {"sources": [{"path": str(folder / "data" / "other")}]}
+    with pytest.raises(BadInput, match="data.on_change"):
+        train(folder, "switch", data=other)
+    rows = train(folder, "switch", data=other | {"on_change": "switch"})
+    assert len(rows) == 12
+    events = [row for row in read_rows(folder / "runs" / "switch" / "events.jsonl") if row["event"] == "mixture_change"]
+    assert [event["mixture"]["from_sample"] for event in events] == [4 * 8]
+
+
+FROZEN = [
+    ({"schedule": {"horizon": 20 * BATCH}}, "schedule.horizon"),
+    ({"optim": {"lr": 2e-2}}, "optim.lr"),
+    ({"model": {"qk_norm": True}}, "model.qk_norm"),
+    ({"batch": {"sequences": 16}}, "batch.sequences"),
+    ({"run": {"seed": 1}}, "run.seed"),
+    ({"data": {"seq_len": 16}}, "data.seq_len"),
+]
+
+
+@pytest.mark.parametrize(("sections", "key"), FROZEN)
+def test_what_decides_the_trajectory_may_not_change_on_resume(folder, whole, sections, key):
+    before = (folder / "runs" / "whole" / "config.toml").stat().st_mtime_ns
+    with pytest.raises(BadInput, match=key):
+        train(folder, "whole", **sections)
+    assert (folder / "runs" / "whole" / "config.toml").stat().st_mtime_ns == before
+
+
+def test_health_and_the_average_are_measured_on_their_cadence(folder):
+    train(
+        folder, "healthy", 2, observe={"health_every": 4 * BATCH}, optim={"ema_half_life": "1K"}, parallel={"tensor": 2}
+    )
+    health = read_rows(folder / "runs" / "healthy" / "health.jsonl")
+    assert column(health, "tokens") == [4 * BATCH, 8 * BATCH, 12 * BATCH]
+    assert all(len(row["depth_rms"]) == 2 and min(row["depth_rms"]) > 0 for row in health)
+    assert all(1e-6 < ratio < 1 for row in health for ratio in row["update_ratio"].values())
+    sets = column(read_rows(folder / "runs" / "healthy" / "evaluations.jsonl"), "set")
+    assert sets == ["heldout", "heldout-ema"] * 2
