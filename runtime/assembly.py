@@ -194,6 +194,7 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
         interruption = stack.enter_context(Interruption())
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         inputs = agree(lambda: open_inputs(config, dist.get_world_size()))
+        torch.use_deterministic_algorithms(config.run.deterministic)
         mesh = build(inputs.layout, "cuda" if torch.cuda.is_available() else "cpu")
         directory = RunDirectory(Path(config.run.dir) / config.run.name)
         watchdog.beat(0, "looking for checkpoints")

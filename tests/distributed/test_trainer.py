@@ -116,7 +116,7 @@ def test_a_branch_carries_all_and_a_new_run_only_the_weights(folder, whole):
 def test_other_data_on_resume_is_refused_or_an_event(folder):
     train(folder, "switch", run={"until": 4 * BATCH})
     other = {"sources": [{"path": str(folder / "data" / "other")}]}
-    with pytest.raises(BadInput, match="data.on_change"):
+    with pytest.raises(BadInput, match=r"data\.on_change"):
         train(folder, "switch", data=other)
     rows = train(folder, "switch", data=other | {"on_change": "switch"})
     assert len(rows) == 12
