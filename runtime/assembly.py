@@ -286,10 +286,12 @@ def build_parts(
 
 def load(persistence: Persistence, origin: Origin) -> None:
     """Fill the tensors from the checkpoint a launch begins from; a collective."""
-    if origin.carry == "weights":
-        persistence.fill_weights(origin.store, origin.name)
+    if origin.carry == "own":
+        persistence.load(origin.name)
+    elif origin.carry == "all":
+        persistence.branch(origin.store, origin.name, origin.description)
     else:
-        persistence.fill(origin.store, origin.name, origin.description["generators"])
+        persistence.take_weights(origin.store, origin.name)
 
 
 def record_checkpoint(reporter: Reporter, state: TrainState, event: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Saving and loading a run: tensors by name, and the state that says what they are."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,15 +60,22 @@ class Persistence:
     def load(self, name: str) -> TrainState:
         """Restore everything from one of this run's own checkpoints; a collective."""
         description = self.store.read_state(name)
-        self.fill(self.store, name, description["generators"])
+        self.store.load(name, self._tensors())
+        restore_generators(description["generators"])
         return TrainState.from_json(description["train"])
 
-    def fill(self, store: CheckpointStore, name: str, generators: list[dict[str, str]]) -> None:
-        """Take all tensors and the generators' states from a checkpoint of any run of this shape; a collective."""
-        store.load(name, self._tensors())
-        restore_generators(generators)
+    def branch(self, store: CheckpointStore, name: str, description: dict[str, Any]) -> None:
+        """Take weights, moments and generators from another run's checkpoint, and its average of the weights if both
+        runs keep one; the guard's window begins empty. A collective."""
+        averaged = description["config"].get("optim", {}).get("ema_half_life") is not None
+        tensors = self._tensors()
+        wanted = ("model.", "optimizer.", "ema.") if averaged else ("model.", "optimizer.")
+        store.load(name, {key: each for key, each in tensors.items() if key.startswith(wanted)}, partial_load=True)
+        restore_generators(description["generators"])
+        if self._ema is not None and not averaged:
+            self._ema.restart(self._decoder)
 
-    def fill_weights(self, store: CheckpointStore, name: str) -> None:
+    def take_weights(self, store: CheckpointStore, name: str) -> None:
         """Take the weights alone, for a run that is otherwise new; a collective."""
         store.load(name, model_tensors(self._decoder), partial_load=True)
         if self._ema is not None:

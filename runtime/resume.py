@@ -11,6 +11,7 @@ FROZEN = {
     "batch": ("sequences",),
     "optim": None,
     "schedule": None,
+    "guard": ("window",),
 }
 """Sections, or keys of them, that decide the trajectory. Mesh, micro-batch, recomputation, logging, checkpoint and
 evaluation cadence are free; the data's sources have a rule of their own."""

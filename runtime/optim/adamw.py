@@ -85,9 +85,6 @@ class AdamW:
         return {f"{name}.{key}": each for name, state in self._state.items() for key, each in state.items()}
 
 
-state_tensors = AdamW.tensors
-
-
 def build(groups: list[ParameterGroup], optim: OptimConfig) -> AdamW:
     """The configured optimizer, at its peak learning rate until another is set."""
     return AdamW(groups, optim.lr, optim.betas, optim.eps)

@@ -101,7 +101,7 @@ def test_a_run_resumed_on_another_mesh_goes_the_same_way(folder, whole, processe
 def test_a_branch_carries_all_and_a_new_run_only_the_weights(folder, whole):
     parent = str(folder / "runs" / "whole")
     late = {"schedule": {"horizon": 15 * BATCH, "kind": "constant"}}
-    branch = train(folder, "branch", start={"from": parent}, **late)
+    branch = train(folder, "branch", start={"from": parent}, optim={"ema_half_life": "1K"}, guard={"window": 5}, **late)
     assert column(branch, "step") == [13, 14, 15]
     assert branch[0]["flops"] > whole[-1]["flops"]
     fresh = train(

@@ -1,0 +1,125 @@
+"""What the training loop costs beside its model: the trainer against a bare loop of the same decoder.
+
+    python benchmarks/overhead.py --pairs 12 --threads 2
+
+The trainer reads its batches from a token file, measures the gradient norm over the mesh, guards, clips, keeps the
+clock, polls for signals, beats the watchdog, and writes metrics.jsonl and TensorBoard every tenth step; the bare loop
+feeds the same decoder tokens from memory, with torch's own clipping and fused AdamW. Both take ten steps at a time in
+turn, in one process; the ratio is the median over these pairs of (trainer / bare), with a bootstrap interval.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from throughput import SHAPES, Shape, batches, machine, ratio
+from torch import nn
+
+from runtime.assembly import open_trainer
+from runtime.config import Config
+from runtime.model.decoder import Decoder
+from runtime.model.initialization import initialize
+from runtime.startup import process_group
+from runtime.trainer import Trainer
+
+STEPS = 10
+"""Steps of one measurement: a logging interval."""
+
+
+def configuration(shape: Shape, folder: Path, steps: int) -> Config:
+    """A run long enough, on random tokens, that does all a run does but evaluate and save."""
+    rng = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{folder / 'train'}.bin", dtype=np.uint16)
+    builder.add_item(torch.from_numpy(rng.integers(shape.vocab_size, size=2_000_000)))
+    builder.end_document()
+    builder.finalize(f"{folder / 'train'}.idx")
+    return Config.model_validate(
+        {
+            "run": {"name": "overhead", "dir": str(folder)},
+            "model": shape.config().model_dump(),
+            "data": {"seq_len": shape.seq_len, "sources": [{"path": str(folder / "train")}]},
+            "batch": {"sequences": shape.batch},
+            "optim": {"lr": 1e-3},
+            "schedule": {"horizon": shape.batch * shape.seq_len * steps, "kind": "constant"},
+            "checkpoint": {"every": "100%"},
+            "observe": {"log_every": STEPS},
+        }
+    )
+
+
+def bare(shape: Shape, device: torch.device) -> Callable[[], None]:
+    """Ten steps of the decoder alone."""
+    decoder = Decoder(shape.config()).to(device)
+    initialize(decoder, 0)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    source = batches(shape, device)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            tokens, targets = next(source)
+            (decoder(tokens, targets).cross_entropy / targets.numel()).backward()
+            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return steps
+
+
+def looped(trainer: Trainer) -> Callable[[], None]:
+    """Ten rounds of the trainer's loop."""
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            trainer.step()
+            assert trainer.report_if_due() is None and trainer.halted() is None
+
+    return steps
+
+
+def timed(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--pairs", type=int, default=12, help="measurements of ten steps of each")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shape = SHAPES[options.shape]
+    times: dict[str, list[float]] = {"trainer": [], "bare": []}
+    with tempfile.TemporaryDirectory() as folder, process_group(600):
+        config = configuration(shape, Path(folder), STEPS * (options.pairs + 3))
+        with open_trainer(config, "") as trainer:
+            contenders = {"trainer": looped(trainer), "bare": bare(shape, trainer.mesh.device)}
+            for turn in range(options.pairs + 1):
+                for name in sorted(contenders, reverse=bool(turn % 2)):
+                    seconds = timed(contenders[name])
+                    if turn:
+                        times[name].append(seconds)
+    found = ratio(times["bare"], times["trainer"])
+    hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(", ".join(f"{key} {value}" for key, value in hardware.items()))
+    print(f"{options.shape}: {shape}")
+    print(f"trainer / bare loop, time of {STEPS} steps: {found[0]:.4f}  [{found[1]:.4f}, {found[2]:.4f}]")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": hardware, "seconds": times, "ratio": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
