@@ -24,10 +24,11 @@ def close(config: Config, command: list[str], outcome: str) -> None:
         beside = f"; a unigram model has {unigram:.4f}" if unigram is not None else ""
         bits = f", {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
         print(f"held-out loss  {row['loss']:.4f} nats per token on {row['set']}{bits}{beside}")
+    checkpoints = config.checkpoint.dir or str(folder)
     if outcome == "finished":
-        show_samples(folder)
+        show_samples(checkpoints)
     print(f"\nresume         {' '.join(shlex.quote(part) for part in command)}")
-    print(f"sample         python launch/sample.py {folder} --prompt 'def '")
+    print(f"sample         python launch/sample.py {checkpoints} --prompt 'def '")
     if config.observe.tensorboard:
         print(f"tensorboard    tensorboard --logdir {folder / 'tensorboard'}")
 
@@ -60,12 +61,12 @@ def draw(folder: Path, unigram: float | None) -> Path | None:
         return None
 
 
-def show_samples(folder: Path) -> None:
+def show_samples(checkpoints: str) -> None:
     """A few lines the model writes; a model without a tokenizer writes none."""
     from launch.sample import sample_lines
 
     try:
-        lines = sample_lines(folder, PROMPTS, max_tokens=48, seed=0)
+        lines = sample_lines(checkpoints, PROMPTS, max_tokens=48, seed=0)
     except ValueError as error:
         print(f"no samples: {error}", file=sys.stderr)
         return

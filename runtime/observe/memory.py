@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -139,14 +140,13 @@ def _take_fused_norms(decoder: nn.Module, device_type: str) -> None:
     """
     for module in decoder.modules():
         if isinstance(module, RMSNorm):
-            eager, on_cpu = module.forward, device_type == "cpu"
+            module.forward = partial(_fused_norm, module, module.forward, device_type == "cpu")
 
-            def forward(x: Tensor, module: RMSNorm = module, eager: Callable[[Tensor], Tensor] = eager) -> Tensor:
-                if on_cpu and (isinstance(x, DTensor) or x.dtype == torch.bfloat16):
-                    return eager(x)
-                return _FusedNorm.apply(x, module.weight, on_cpu)
 
-            module.forward = forward
+def _fused_norm(module: RMSNorm, composed: Callable[[Tensor], Tensor], on_cpu: bool, x: Tensor) -> Tensor:
+    if on_cpu and (isinstance(x, DTensor) or x.dtype == torch.bfloat16):
+        return composed(x)
+    return _FusedNorm.apply(x, module.weight, on_cpu)
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -162,11 +162,8 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         kept, weight, _ = ctx.saved_tensors
-        product = grad * kept
-        by_weight = product.flatten(0, -2).sum(0)
-        if not ctx.keeps_normalised:
-            del product
-        return grad * weight, by_weight, None
+        product = grad * kept if ctx.keeps_normalised else grad
+        return grad * weight, product.flatten(0, -2).sum(0), None
 
 
 def _mark_logits(cross_entropy: nn.Module, tracker: AllocationTracker) -> None:

@@ -18,7 +18,7 @@ from tests.workers import run_workers
 
 WIDE = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 1024}
 DEEP = {"num_layers": 8, "hidden_size": 64, "intermediate_size": 192, "vocab_size": 512}
-VOCABULARY = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 16384}
+VOCABULARY = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 8192}
 
 CASES = [
     (1, {"model": WIDE}),

@@ -63,6 +63,8 @@ def test_a_folder_gives_its_files_in_order_as_documents(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n")
     assert select(tmp_path, glob="**/*.py", exclude=("*/skip.py", "old/*")) == ["# a.py\n", "# b.py\n", "# sub/c.py\n"]
+    assert select(tmp_path, glob="*.py", exclude=("**/old/**", "**/a.py")) == ["# b.py\n"], "also at the top"
+    assert select(tmp_path, exclude=("**/old/**", "**/sub/**")) == ["# a.py\n", "# b.py\n", "# note.md\n"]
     assert len(select(tmp_path)) == 6
 
 

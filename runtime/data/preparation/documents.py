@@ -51,7 +51,8 @@ class Piece:
 def find(selection: Selection, outside: Path | None = None) -> list[Piece]:
     """The pieces of all selected files, in the order of the inputs and of the paths below each.
 
-    A file reached twice is read once, and files below the folder `outside` not at all. ValueError for an input that is missing, empty, or not of the format asked for.
+    A file reached twice is read once, and files below the folder `outside` not at all. ValueError for an input that
+    is missing, empty, or not of the format asked for.
     """
     if selection.format not in FORMATS:
         raise ValueError(f"--format {selection.format} is unknown; known: {', '.join(FORMATS)}")
@@ -92,8 +93,10 @@ def _below(root: Path, selection: Selection) -> list[Path]:
     except (ValueError, NotImplementedError, IndexError) as error:
         raise ValueError(f"--glob {selection.glob!r}: {error}") from None
     names = {path.relative_to(root).as_posix(): path for path in found}
-    # The slash lets "**/name/**" match at the top as well.
-    return [names[name] for name in sorted(names) if not any(_matches(name, each) for each in selection.exclude)]
+    kept = [name for name in sorted(names) if not any(_matches(name, each) for each in selection.exclude)]
+    if not kept:
+        raise ValueError(f"{root}: no file matches {selection.glob!r} and no --exclude")
+    return [names[name] for name in kept]
 
 
 def _matches(name: str, pattern: str) -> bool:
