@@ -1,9 +1,9 @@
 """From a configuration to a trainer: everything opened, checked, built, loaded and in its place."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from runtime.data.loader import Loader
 from runtime.data.mixture import MixtureHistory
 from runtime.data.tokenizer import text_fingerprint
 from runtime.data.tokens import TokenFile
+from runtime.lock import RunLock
 from runtime.model.counts import flops_per_token
 from runtime.model.decoder import Decoder
 from runtime.observe.devices import peak
@@ -190,6 +191,7 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
     configuration as the run directory keeps it.
     `SystemExit` with its own code if a signal comes before the first step.
     """
+    started = time.monotonic()
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
@@ -197,6 +199,8 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
         torch.use_deterministic_algorithms(config.run.deterministic)
         mesh = build(inputs.layout, "cuda" if torch.cuda.is_available() else "cpu")
         directory = RunDirectory(Path(config.run.dir) / config.run.name)
+        lock = stack.enter_context(closing(RunLock(directory.path)))
+        agree(lambda: lock.acquire(create=False))
         watchdog.beat(0, "looking for checkpoints")
         with bad_input():
             location = config.checkpoint.dir or str(directory.path / "checkpoints")
@@ -215,10 +219,12 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
                 load(persistence, origin)
         interruption.exit_if_asked()
 
-        reporter = stack.enter_context(
-            closing(open_reporter(config, config_text, mesh, inputs, directory, state, history, origin))
-        )
-        store.on_event = partial(record_checkpoint, reporter, state)
+        agree(lambda: lock.acquire(create=True))
+        if dist.get_rank() == 0:
+            directory.write_config(config_text)
+            directory.write_identity(describe(config, inputs, mesh, directory, state, history, origin))
+        reporter = open_reporter(config, mesh, directory, state, resumed=is_resume(origin), started=started)
+        stack.callback(reporter.close)
         if changed:
             state.events.append(reporter.event("mixture_change", state, mixture=history.to_json()["stages"][-1]))
         state.mixture = history.to_json()
@@ -294,61 +300,68 @@ def load(persistence: Persistence, origin: Origin) -> None:
         persistence.take_weights(origin.store, origin.name)
 
 
-def record_checkpoint(reporter: Reporter, state: TrainState, event: dict[str, Any]) -> None:
-    """A row for what became of a checkpoint."""
-    reporter.event("checkpoint", state, **{key: value for key, value in event.items() if key != "event"})
+def is_resume(origin: Origin | None) -> bool:
+    """Whether a launch goes on with its own run."""
+    return origin is not None and origin.carry == "own"
 
 
-def open_reporter(
+def device_and_precision(config: Config, mesh: Mesh) -> tuple[str, str]:
+    """The device's name and the precision it computes in, as run.json and the table of peaks know them."""
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    bf16 = compute_dtype(config.parallel.precision, mesh.device) == torch.bfloat16
+    return device, "bf16" if bf16 else "fp32"
+
+
+def describe(
     config: Config,
-    config_text: str,
-    mesh: Mesh,
     inputs: Inputs,
+    mesh: Mesh,
     directory: RunDirectory,
     state: TrainState,
     history: MixtureHistory,
     origin: Origin | None,
+) -> dict[str, Any]:
+    """The contents of run.json: what is known of the run, and of the segment that begins or goes on."""
+    device, precision = device_and_precision(config, mesh)
+    contents = identity(
+        config,
+        sources=[SourceIdentity(each.path, each.fingerprint, each.num_tokens, w) for each, w in inputs.sources],
+        evaluation_sets=[
+            SourceIdentity(each.file.path, each.file.fingerprint, each.file.num_tokens, name=name)
+            for name, each in inputs.held_out.items()
+        ],
+        order_fingerprint=history.fingerprint,
+        tokenizer_fingerprint=text_fingerprint(inputs.tokenizer) if inputs.tokenizer else None,
+        parent=state.lineage[-1] if state.lineage else None,
+        previous=directory.read_identity(),
+    )
+    begun = [each["start_tokens"] for each in contents["segments"] if each["index"] == state.segment]
+    return with_segment(
+        contents,
+        state.segment,
+        config,
+        mesh.layout,
+        start_tokens=begun[0] if begun and is_resume(origin) else state.clock.tokens,
+        device=device,
+        precision=precision,
+        peak=peak(device, precision),
+    )
+
+
+def open_reporter(
+    config: Config, mesh: Mesh, directory: RunDirectory, state: TrainState, *, resumed: bool, started: float
 ) -> Reporter:
-    """Write the run's identity on rank 0, and the reporter on all; the first thing a launch writes. A collective."""
-    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-    precision = "bf16" if compute_dtype(config.parallel.precision, mesh.device) == torch.bfloat16 else "fp32"
-    device_peak = peak(device, precision)
-    own = origin is not None and origin.carry == "own"
-    evaluated: list[Any] = [None]
-    contents: dict[str, Any] = {}
-    if dist.get_rank() == 0:
-        contents = identity(
-            config,
-            sources=[SourceIdentity(each.path, each.fingerprint, each.num_tokens, w) for each, w in inputs.sources],
-            evaluation_sets=[
-                SourceIdentity(each.file.path, each.file.fingerprint, each.file.num_tokens, name=name)
-                for name, each in inputs.held_out.items()
-            ],
-            order_fingerprint=history.fingerprint,
-            tokenizer_fingerprint=text_fingerprint(inputs.tokenizer) if inputs.tokenizer else None,
-            parent=state.lineage[-1] if state.lineage else None,
-            previous=directory.read_identity(),
-        )
-        contents = with_segment(
-            contents,
-            state.segment,
-            config,
-            mesh.layout,
-            start_tokens=0 if own or origin is None else state.clock.tokens,
-            device=device,
-            precision=precision,
-            peak=device_peak,
-        )
-        directory.write_config(config_text)
-        directory.write_identity(contents)
-        rows = read_rows(directory.path / "evaluations.jsonl")
-        evaluated[0] = [(row["tokens"], row["set"]) for row in rows if row["tokens"] == state.clock.tokens]
-    dist.broadcast_object_list(evaluated)
-    resumed_at = state.clock if own else None
+    """The reporter of a launch, which knows what was already evaluated where it begins; a collective."""
+    on_record: list[Any] = [None]
     mine = directory if dist.get_rank() == 0 else None
-    writer = MetricsWriter(mine, config.observe, resumed_at=resumed_at, run=contents)
+    if mine is not None:
+        rows = read_rows(mine.path / "evaluations.jsonl")
+        on_record[0] = [(row["tokens"], row["set"]) for row in rows if row["tokens"] == state.clock.tokens]
+    dist.broadcast_object_list(on_record)
+    identity = mine.read_identity() if mine is not None else {}
+    writer = MetricsWriter(mine, config.observe, resumed_at=state.clock if resumed else None, run=identity)
     flops = flops_per_token(config.model, config.data.seq_len)
-    reporter = Reporter(config, mesh, mine, writer, flops, device_peak)
-    reporter.restore(state.skipped, map(tuple, evaluated[0]))
-    reporter.event("resume" if own else "run_start", state, processes=dist.get_world_size())
+    reporter = Reporter(config, mesh, mine, writer, flops, peak(*device_and_precision(config, mesh)), started)
+    reporter.restore(state.skipped, map(tuple, on_record[0]))
+    reporter.event("resume" if resumed else "run_start", state, processes=dist.get_world_size())
     return reporter

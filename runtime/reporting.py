@@ -43,8 +43,8 @@ class Spike(NamedTuple):
 class Reporter:
     """Writes a run's rows on rank 0 and reads the device on every rank, so that all see the same numbers.
 
-    `directory` is None on all other ranks. Skipped steps become events; `read` returns a `Spike` once
-    `guard.max_consecutive` of them came in a row.
+    `directory` is None on all other ranks, `started` the monotonic time at which the launch began. Skipped steps become
+    events; `read` returns a `Spike` once `guard.max_consecutive` of them came in a row.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Reporter:
         writer: MetricsWriter,
         flops_per_token: int,
         device_peak: Peak | None,
+        started: float,
     ):
         self.writer = writer
         self.console = Console(config.run.until or config.schedule.horizon, enabled=directory is not None)
@@ -69,7 +70,7 @@ class Reporter:
         self._run_of_skips: list[Taken] = []
         self._evaluated: set[tuple[int, str]] = set()
         self._skipped = 0
-        self._started = time.monotonic()
+        self._started = started
 
     def restore(self, skipped: int, evaluated: Iterable[tuple[int, str]] = ()) -> None:
         """Go on from a loaded state: its count of skipped steps, and the evaluations already on record."""
@@ -151,7 +152,7 @@ class Reporter:
         return self.writer.event(name, clock or state.clock, state.segment, **details)
 
     def elapsed(self) -> float:
-        """Seconds since this launch began to train."""
+        """Seconds since this launch began, start-up included."""
         return time.monotonic() - self._started
 
     def close(self) -> None:

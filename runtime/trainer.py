@@ -1,8 +1,9 @@
 """The loop: one segment of a run, from where its state stands to its end."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from runtime.clock import is_due
 from runtime.config import Config
@@ -62,6 +63,7 @@ class Trainer:
         self.end = min(self.config.schedule.horizon, self.config.run.until or self.config.schedule.horizon)
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.seq_len)
         self._saved = checkpoint_name(self.state) if self.state.clock.step else None
+        self.persistence.store.on_event = self.record_checkpoint
 
     def run(self) -> Outcome:
         """Train to the end of the run, a signal, the end of the time budget, or divergence."""
@@ -144,18 +146,22 @@ class Trainer:
 
     def roll_back(self, spike: Spike) -> bool:
         """Return to the last durable checkpoint and step over the samples of the spike; False if that cannot help."""
-        self.persistence.store.wait()
         name = self.persistence.store.newest()
         before = [each for each in self.state.events if each["event"] == "rollback" and each["to"] == name]
         if name is None or len(before) >= MOST_ROLLBACKS:
             return False
-        left_at, wall_time = self.state.clock, self.state.wall_time
-        avoided = [*self.state.avoided, [spike.first_sample, spike.end_sample]]
-        self.state = self.persistence.load(name)
-        self.state.avoided, self.state.wall_time = avoided, wall_time
-        self.state.events.append(
-            self.reporter.event("rollback", self.state, to=name, left_at=left_at.tokens, samples=avoided[-1])
+        left = self.state
+        self.state = replace(
+            self.persistence.load(name),
+            avoided=[*left.avoided, [spike.first_sample, spike.end_sample]],
+            skipped=left.skipped,
+            wall_time=left.wall_time,
+            mixture=left.mixture,
+            events=left.events,
         )
+        samples = [spike.first_sample, spike.end_sample]
+        event = self.reporter.event("rollback", self.state, to=name, left_at=left.clock.tokens, samples=samples)
+        self.state.events.append(event)
         self.reporter.restore(self.state.skipped)
         self._saved = name
         return True
@@ -175,12 +181,16 @@ class Trainer:
         """A checkpoint of this boundary, unless there is one."""
         name = checkpoint_name(self.state)
         self.watchdog.beat(self.state.clock.step, "checkpoint")
-        with self.reporter.throughput.paused():
+        with self.reporter.throughput.paused(), self.watchdog.suspended():
             if name != self._saved:
                 self.persistence.save(self.state, elapsed=self.reporter.elapsed(), wait=wait, retain=retain)
                 self._saved = name
             if wait:
                 self.persistence.store.wait()
+
+    def record_checkpoint(self, event: dict[str, Any]) -> None:
+        """A row for what became of a checkpoint; the store calls this in the main thread."""
+        self.reporter.event("checkpoint", self.state, **{key: event[key] for key in event.keys() - {"event"}})
 
     def evaluate_if_due(self) -> bool:
         """Evaluate the held-out sets where the cadence or the end asks for it; False if interrupted."""

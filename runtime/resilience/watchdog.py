@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ class Watchdog:
         self._timeout = timeout_seconds
         self._interval = min(timeout_seconds / 10, 10.0)
         self._last = (0, 0, "start-up", time.time())
-        self._seen, self._quiet = 0, 0
+        self._seen, self._quiet, self._suspended = 0, 0, False
         self._stop = threading.Event()
         self._rank, self._ranks, self._store = 0, 1, None
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -59,6 +60,15 @@ class Watchdog:
     def beat(self, step: int, phase: str) -> None:
         """Say that the main thread has come this far; every rank does so in the same places."""
         self._last = (self._last[0] + 1, step, phase, time.time())
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """No time passes inside: for a wait, on slow storage say, that has a time-out of its own."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
 
     def __enter__(self) -> "Watchdog":
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -88,7 +98,7 @@ class Watchdog:
         stopped does not find its time gone when it goes on.
         """
         beats = self._last[0]
-        self._quiet = self._quiet + 1 if beats == self._seen else 0
+        self._quiet = self._quiet + 1 if beats == self._seen and not self._suspended else 0
         self._seen = beats
         return self._quiet * self._interval >= self._timeout
 

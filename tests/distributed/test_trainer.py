@@ -152,3 +152,18 @@ def test_health_and_the_average_are_measured_on_their_cadence(folder):
     assert all(1e-6 < ratio < 1 for row in health for ratio in row["update_ratio"].values())
     sets = column(read_rows(folder / "runs" / "healthy" / "evaluations.jsonl"), "set")
     assert sets == ["heldout", "heldout-ema"] * 2
+
+
+def launch_twice(rank: int, folder: Path) -> str:
+    """A second launch of a run that is under way, in the same process group."""
+    config = tiny_run(folder, run={"name": "busy"})
+    with open_trainer(config, ""):
+        try:
+            with open_trainer(config, ""):
+                return "admitted"
+        except BadInput as error:
+            return str(error)
+
+
+def test_a_run_has_one_launch_at_a_time(folder):
+    assert all("another launch is running it" in answer for answer in run_workers(launch_twice, 2, folder))
