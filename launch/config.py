@@ -110,7 +110,10 @@ def tokenizer_path(data: dict[str, Any]) -> Path | None:
 
 def _tokenizer_size(path: Path | None) -> int:
     if path is None:
-        raise ValueError('model.vocab_size = "auto" needs a tokenizer: name one as data.tokenizer')
+        raise ValueError(
+            'model.vocab_size = "auto" needs a tokenizer: there is no tokenizer.json beside the first of data.sources, '
+            "and data.tokenizer names none"
+        )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         ids = list(description["model"]["vocab"].values()) + [

@@ -2,8 +2,15 @@
 
 import argparse
 import os
+import signal
+import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from runtime.resilience.exits import BAD_INPUT, INTERRUPTED
 
 if TYPE_CHECKING:
     from runtime.config import Config
@@ -47,7 +54,34 @@ def main(argv: list[str] | None = None) -> int:
             return 0
     except ValueError as error:
         return _refuse(str(error))
-    return train(config, resume_command(arguments))
+    with ending_on_signals():
+        return train(config, resume_command(arguments))
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end this process at once, with the code of an interruption, wherever training does not
+    watch for them itself: while torch is imported, while processes wait for each other to join, in the closing lines.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def listen() -> None:
+        if receiver.recv(1):
+            os._exit(INTERRUPTED)
+
+    # A handler of Python's own would not run while the main thread waits in a rendezvous.
+    threading.Thread(target=listen, name="early signals", daemon=True).start()
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    handlers = [signal.signal(each, lambda *_: None) for each in signals]
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, handlers, strict=True):
+            signal.signal(each, handler)
+        signal.set_wakeup_fd(wakeup)
+        sender.close()
 
 
 def train(config: "Config", command: list[str]) -> int:
@@ -81,10 +115,10 @@ def resume_command(arguments: argparse.Namespace) -> list[str]:
 
 
 def _refuse(message: str) -> int:
-    """Say what is wrong with the input, once for all processes; returns exit code 2."""
+    """Say what is wrong with the input, once for all processes; returns its exit code."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
-    return 2
+    return BAD_INPUT
 
 
 if __name__ == "__main__":

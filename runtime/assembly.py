@@ -99,7 +99,7 @@ def open_history(inputs: Inputs, config: Config, saved: dict[str, Any], position
         return MixtureHistory(inputs.sources, config.run.seed, config.data.seq_len), False
     at_hand = {source.fingerprint: source for source, _ in inputs.sources}
     was = {each["path"]: each["fingerprint"] for stage in saved["stages"] for each in stage["sources"]}
-    history = MixtureHistory.from_json(saved, lambda path: at_hand.get(was[path]) or TokenFile(path))
+    history = MixtureHistory.from_json(saved, lambda path: at_hand.get(was[path]))
     renewed = MixtureHistory(inputs.sources, config.run.seed, config.data.seq_len).to_json()["stages"][0]["sources"]
     in_force = saved["stages"][-1]["sources"]
     if _mixture(renewed) == _mixture(in_force):
@@ -167,8 +167,19 @@ def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tupl
         return TrainState(lineage=[parent_of(origin)]), *open_history(inputs, config, {}, 0)
     state = TrainState.from_json(stored["train"])
     if origin.carry == "all":
+        refuse_finished(state, config)
         state.lineage = [*state.lineage, parent_of(origin)]
     return state, *open_history(inputs, config, state.mixture, state.position)
+
+
+def refuse_finished(state: TrainState, config: Config) -> None:
+    """ValueError if a branch would begin where it ends."""
+    end = config.run.until or config.schedule.horizon
+    if state.clock.tokens >= end:
+        raise ValueError(
+            f"start.from = {config.start.from_!r} has seen {state.clock.tokens:,} tokens, and this run ends at {end:,}; "
+            'set a later schedule.horizon, or start.carry = "weights" for a new clock'
+        )
 
 
 def parent_of(origin: Origin) -> dict[str, Any]:

@@ -18,11 +18,15 @@ class RunLock:
         self._file: int | None = None
 
     def acquire(self, *, create: bool) -> None:
-        """Take the lock; without `create` only if the run exists. ValueError if another launch holds it."""
+        """Take the lock; without `create` only if the run exists. ValueError if another launch holds it,
+        or the folder cannot be written."""
         if self._file is not None or dist.get_rank() != 0 or not (create or self._path.exists()):
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"run.dir: cannot write {self._path.parent}: {error.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,6 +1,8 @@
 """Joining the process group, and agreeing on bad input before anything is built on it."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -8,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -24,13 +27,39 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
     if "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store = _attempt(store, rank, world_size, timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
+    """The part of the agents' store that belongs to this attempt of torchrun, and to no earlier one; a collective.
+
+    torchrun keeps its store over restarts (pytorch issue 135712), so the addresses of killed workers are still in it,
+    and its agents count restarts each for itself. Every rank therefore draws a name that only a living rank 0 can
+    answer, with the name of the attempt.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"joining/{rank}", own)
+        name = store.get(f"attempt/{own}").decode()
+        store.add(f"joined/{name}", 1)
+        return dist.PrefixStore(name, store)
+    deadline = time.monotonic() + timeout_seconds
+    while store.add(f"joined/{own}", 0) < world_size - 1:
+        for other in range(1, world_size):
+            if store.check([f"joining/{other}"]):
+                store.set(f"attempt/{store.get(f'joining/{other}').decode()}", own)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all of the {world_size} processes joined within {timeout_seconds:g} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 def agree(action: Callable[[], T]) -> T:

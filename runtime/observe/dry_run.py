@@ -117,13 +117,15 @@ def _evaluations(config: Config, until: int) -> tuple[str, str]:
 
 
 def _memory(config: Config, memory: MemoryEstimate, layout: Layout) -> Table:
-    table = _table("", "GiB", "")
-    for kind, size in memory.by_kind.items():
-        if size or kind != "ema":
-            table.add_row(kind, _gib(size), _MEANING[kind])
-    table.add_row("total", _gib(memory.total), f"{_gib(memory.total * layout.world_size)} GiB over all devices")
+    unit, size = ("GiB", 2**30) if memory.total >= 2**30 else ("MiB", 2**20)
+    table = _table("", unit, "")
+    for kind, held in memory.by_kind.items():
+        if held or kind != "ema":
+            table.add_row(kind, f"{held / size:,.2f}", _MEANING[kind])
+    everywhere = f"{memory.total * layout.world_size / size:,.2f} {unit} over all devices"
+    table.add_row("total", f"{memory.total / size:,.2f}", everywhere)
     if config.parallel.compile:
-        table.add_row("", "", "activations as without compilation, which keeps fewer")
+        table.add_row("", "", "compiled blocks need a few per cent more or less")
     return table
 
 
@@ -146,10 +148,6 @@ def _schedule(config: Config) -> Table:
 
 def _processes(world_size: int) -> str:
     return "1 process" if world_size == 1 else f"{world_size:,} processes"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f}" if size >= 2**28 else f"{size / 2**30:,.4f}"
 
 
 def _pairs(*rows: tuple[str, str, str]) -> Table:

@@ -113,6 +113,11 @@ def test_a_branch_carries_all_and_a_new_run_only_the_weights(folder, whole):
     assert identity["parent"]["tokens"] == 12 * BATCH
 
 
+def test_a_branch_that_would_begin_where_it_ends_is_refused(folder, whole):
+    with pytest.raises(BadInput, match="set a later schedule"):
+        train(folder, "late", start={"from": str(folder / "runs" / "whole")})
+
+
 def test_other_data_on_resume_is_refused_or_an_event(folder):
     train(folder, "switch", run={"until": 4 * BATCH})
     other = {"sources": [{"path": str(folder / "data" / "other")}]}

@@ -1,19 +1,26 @@
 """Real launches of a small run: started by their command, watched through their run directory, stopped by signals."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
+from launch import pretrain
 from launch.config import dump
 from runtime.checkpoint.manifest import MANIFEST
+from runtime.checkpoint.retention import by_age
 from runtime.checkpoint.unsharded import open_unsharded
 from runtime.observe.jsonl import Row, read_rows
 from tests.corpus import tiny_run, write_corpus
@@ -135,6 +142,10 @@ class Launch:
         folders = os.listdir(checkpoints) if checkpoints.exists() else []
         return any(self._is_incomplete(checkpoints / each) for each in folders)
 
+    def has_saved(self) -> bool:
+        """Whether there is a checkpoint with its manifest."""
+        return any(self.folder.glob(f"checkpoints/tokens-*/{MANIFEST}"))
+
     def is_evaluating(self) -> bool:
         """Whether the last step is one to evaluate after, and not all sets are."""
         rows = read_rows(self.folder / "metrics.jsonl") if self.steps_taken() else []
@@ -189,3 +200,26 @@ def finish(config: Path, name: str, processes: int = 1, overrides: tuple[str, ..
     return launch
 
 
+
+
+def newest(folder: Path) -> str:
+    """Name of a run's last complete checkpoint."""
+    return by_age(path.parent.name for path in folder.glob(f"checkpoints/tokens-*/{MANIFEST}"))[-1]
+
+
+def main(rank: int, argv: list[str]) -> tuple[int, str]:
+    """`python -m launch.pretrain` inside a worker of `run_workers`: its exit code, and all that it printed."""
+    dist.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        try:
+            code = pretrain.main(argv)
+        except SystemExit as exit:
+            code = exit.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return code, printed.getvalue()

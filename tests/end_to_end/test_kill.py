@@ -102,7 +102,7 @@ def test_a_run_killed_many_times_goes_the_same_way_bit_for_bit(config, undisturb
 
 def test_torchrun_restarts_a_run_that_lost_a_worker(config, undisturbed):
     launch = Launch(config, "restarted", processes=2, restarts=2)
-    assert launch.wait_for(lambda: launch.steps_taken() >= 6), launch.output
+    assert launch.wait_for(lambda: launch.steps_taken() >= 6 and launch.has_saved()), launch.output
     launch.workers()[1].kill()
     assert launch.wait() == 0, launch.output
     events = [row["event"] for row in read_rows(launch.folder / "events.jsonl")]

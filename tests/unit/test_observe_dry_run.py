@@ -1,0 +1,142 @@
+"""What a dry run says, and that it leaves nothing behind."""
+
+import pytest
+import torch.distributed as dist
+
+from runtime.config import Config
+from runtime.model.counts import count, flops_per_token
+from runtime.observe.dry_run import report
+from runtime.observe.identity import SourceIdentity, git_revision, identity, with_segment
+from runtime.parallel.mesh import Layout
+
+
+def config_of(**sections) -> Config:
+    raw = {
+        "run": {"name": "small"},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "vocab_size": 501,
+        },
+        "data": {"sources": [{"path": "absent/train"}], "seq_len": 128},
+        "batch": {"sequences": 128},
+        "optim": {"lr": 2e-3},
+        "schedule": {"horizon": "10M", "final": 0.1},
+        "evaluation": {"sets": [{"name": "held", "path": "absent/held"}], "every": "2M"},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section}
+    return Config.model_validate(raw)
+
+
+@pytest.mark.parametrize(
+    "world_size, sections",
+    [
+        (1, {}),
+        (1, {"parallel": {"compile": True}}),
+        (3, {"batch": {"sequences": 129}}),
+        (64, {}),
+        (64, {"parallel": {"tensor": 2, "data_replicate": 4, "recompute": "selective"}}),
+    ],
+)
+def test_a_dry_run_reports_any_world_and_writes_nothing(world_size, sections, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_of(**sections)
+    text = report(config, world_size)
+    batch_tokens = config.batch.sequences * 128
+    counts = count(config.model)
+    for number in (counts.total, counts.non_embedding, batch_tokens, -(-10_000_000 // batch_tokens)):
+        assert f"{number:,}" in text
+    assert f"{flops_per_token(config.model, 128):.4g}" in text
+    assert f"{flops_per_token(config.model, 128) * batch_tokens:.4g}" in text
+    kinds = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "total")
+    lines = text.splitlines()
+    for kind in kinds:
+        assert any(line.startswith(kind) for line in lines)
+    assert "0.002" in text and "0.0002" in text, "the peak and the final learning rate"
+    assert "every 2,000,000 tokens: held" in text
+    assert list(tmp_path.iterdir()) == []
+    assert not dist.is_initialized()
+
+
+def test_an_impossible_mesh_is_refused_before_anything_is_built():
+    with pytest.raises(ValueError, match=r"parallel\.tensor"):
+        report(config_of(parallel={"tensor": 3}), 3)
+
+
+def test_shards_shrink_with_the_world():
+    def parameters(world_size):
+        lines = report(config_of(), world_size).splitlines()
+        (line,) = [line for line in lines if line.startswith("parameters") and "fp32 shards" in line]
+        return float(line.split()[1])
+
+    assert parameters(1) / parameters(4) == pytest.approx(4, rel=0.05)
+
+
+def run_json() -> dict:
+    config = config_of()
+    contents = identity(
+        config,
+        sources=[SourceIdentity("absent/train", "f00d", 20_000_000, weight=1.0)],
+        evaluation_sets=[SourceIdentity("absent/held", "beef", 1_000_000, name="held")],
+        order_fingerprint="0123",
+        tokenizer_fingerprint="4567",
+    )
+    layout = Layout(world_size=4, data_replicate=1, data_shard=2, tensor=2)
+    return with_segment(contents, 0, config, layout, start_tokens=0, device="cpu", precision="fp32")
+
+
+def test_run_json_has_what_a_scaling_study_asks_of_a_run():
+    """The columns of a run table; D, the losses and the status come from the rows."""
+    contents = run_json()
+    (segment,) = contents["segments"]
+    counts = count(config_of().model)
+    columns = {
+        "run_id": contents["id"],
+        "seed": contents["seed"],
+        "N_total": segment["counts"]["total"],
+        "N_nonemb": segment["counts"]["non_embedding"],
+        "N_active": segment["counts"]["active"],
+        "D_unique": sum(each["tokens"] for each in contents["data"]["sources"]),
+        "seq_len": segment["seq_len"],
+        "batch_tokens": segment["batch_tokens"],
+        "peak_lr": contents["schedule"]["peak_lr"],
+        "final_lr": contents["schedule"]["final_lr"],
+        "schedule": contents["schedule"]["kind"],
+        "warmup_tokens": contents["schedule"]["warmup_tokens"],
+        "wd": contents["optimizer"]["weight_decay"],
+        "optimizer": contents["optimizer"]["name"],
+        "betas": contents["optimizer"]["betas"],
+        "flops_per_token": segment["flops_per_token"],
+        "P": segment["streams"],
+        "r": segment["recurrences"],
+        "dtype": segment["precision"],
+        "tokenizer": contents["tokenizer"]["fingerprint"],
+        "data_mix": contents["data"]["fingerprint"],
+    }
+    assert all(value is not None for value in columns.values())
+    assert columns["N_total"] == counts.total and columns["N_nonemb"] == counts.non_embedding
+    assert columns["batch_tokens"] == 128 * 128 and columns["final_lr"] == pytest.approx(2e-4)
+    assert columns["P"] == columns["r"] == 1
+    assert {"python", "torch", "numpy", "meristem"} <= contents["versions"].keys()
+    assert "law" not in contents and "parent" not in contents and "peak" not in segment
+
+
+def test_a_resume_keeps_the_identity_and_notes_the_new_mesh():
+    first = run_json()
+    config = config_of()
+    again = identity(config, sources=[], previous=first)
+    assert (again["id"], again["created"]) == (first["id"], first["created"])
+    layout = Layout(world_size=1, data_replicate=1, data_shard=1, tensor=1)
+    again = with_segment(again, 0, config, layout, start_tokens=0, device="cpu", precision="fp32")
+    again = with_segment(again, 1, config, layout, start_tokens=500, device="cpu", precision="fp32")
+    assert [each["index"] for each in again["segments"]] == [0, 1]
+    assert again["segments"][0]["mesh"]["world_size"] == 1
+
+
+def test_the_git_revision_is_that_of_this_source_or_absent():
+    revision = git_revision()
+    assert revision is None or (len(revision["revision"]) >= 40 and isinstance(revision["changed"], bool))
