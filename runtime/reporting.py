@@ -140,6 +140,13 @@ class Reporter:
         self.writer.evaluation(row)
         self.console.evaluation(row)
 
+    def end_profile(self, step: int) -> None:
+        """Write the trace after the last of the profiled steps, on no one's time."""
+        profiled = self._config.observe.profile_steps
+        if profiled is not None and step == profiled[1]:
+            with self.throughput.paused():
+                self.profiler.close(step)
+
     def health(self, state: TrainState, row: dict[str, Any]) -> None:
         self.writer.health(state.clock, state.segment, row)
 

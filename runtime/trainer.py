@@ -95,7 +95,7 @@ class Trainer:
         self.watchdog.beat(state.clock.step + 1, "forward and backward")
         lr = self.schedule(state.clock.tokens, sequences * seq_len)
         self.optimizer.set_learning_rate(lr)
-        health = self.measure_health(micro_batches[0]) if self.health_is_due() else None
+        health = self.begin_health(micro_batches[0]) if self.health_is_due() else None
 
         result = train_step(
             self.decoder,
@@ -110,9 +110,9 @@ class Trainer:
             self.ema.update(sequences * seq_len, result.skip)
         state.advance(first_sample, sequences, seq_len, self.flops_per_token * sequences * seq_len)
         self.reporter.step(state, first_sample, lr, result)
-        self.reporter.profiler.after(state.clock.step)
+        self.reporter.end_profile(state.clock.step)
         if health is not None:
-            self.report_health(*health)
+            self.end_health(*health)
 
     def fetch(self, first_sample: int) -> Sequence[Batch]:
         try:
@@ -226,10 +226,13 @@ class Trainer:
         batch_tokens = self.config.batch.sequences * self.config.data.seq_len
         return is_due(self.config.observe.health_every, tokens, tokens + batch_tokens)
 
-    def measure_health(self, batch: Batch) -> tuple[dict[str, list[float]], UpdateRatio]:
-        batch = batch.to(self.mesh.device)
-        found = measure(self.decoder, batch.tokens, batch.document_ids)
-        return found, UpdateRatio(self.decoder.named_parameters())
+    def begin_health(self, batch: Batch) -> tuple[dict[str, list[float]], UpdateRatio]:
+        """What is measured before a step, and a copy of the weights to compare with after it."""
+        with self.reporter.throughput.paused():
+            batch = batch.to(self.mesh.device)
+            found = measure(self.decoder, batch.tokens, batch.document_ids)
+            return found, UpdateRatio(self.decoder.named_parameters())
 
-    def report_health(self, found: dict[str, list[float]], ratio: UpdateRatio) -> None:
-        self.reporter.health(self.state, {**found, "update_ratio": ratio.measure()})
+    def end_health(self, found: dict[str, list[float]], ratio: UpdateRatio) -> None:
+        with self.reporter.throughput.paused():
+            self.reporter.health(self.state, {**found, "update_ratio": ratio.measure()})

@@ -187,7 +187,9 @@ def trajectory(folder: Path) -> list[tuple[Any, ...]]:
 def different_tensors(ours: Path, theirs: Path) -> list[str]:
     """Names of what differs between the last checkpoints of two runs."""
     (a, state_a), (b, state_b) = map(open_unsharded, (ours, theirs))
-    names = [name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
+    names = [
+        name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
+    ]
     places = ("clock", "position", "flops", "skipped", "avoided", "mixture", "segment", "batch_tokens")
     return names + [key for key in places if state_a["train"][key] != state_b["train"][key]]
 
@@ -200,8 +202,6 @@ def finish(config: Path, name: str, processes: int = 1, overrides: tuple[str, ..
     return launch
 
 
-
-
 def newest(folder: Path) -> str:
     """Name of a run's last complete checkpoint."""
     return by_age(path.parent.name for path in folder.glob(f"checkpoints/tokens-*/{MANIFEST}"))[-1]
@@ -209,7 +209,8 @@ def newest(folder: Path) -> str:
 
 def main(rank: int, argv: list[str]) -> tuple[int, str]:
     """`python -m launch.pretrain` inside a worker of `run_workers`: its exit code, and all that it printed."""
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
     printed = io.StringIO()

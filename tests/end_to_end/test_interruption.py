@@ -64,7 +64,11 @@ def test_a_signal_ends_one_process_with_a_code_of_its_own_and_nothing_is_lost(co
     assert assert_saved_where_it_stopped(launch) > stopped_at
 
     finish(config, "stopped")
-    assert [event["outcome"] for event in events(launch.folder, "run_end")] == ["interrupted", "interrupted", "finished"]
+    assert [event["outcome"] for event in events(launch.folder, "run_end")] == [
+        "interrupted",
+        "interrupted",
+        "finished",
+    ]
     assert trajectory(launch.folder) == trajectory(undisturbed)
     assert different_tensors(launch.folder, undisturbed) == []
 
@@ -96,7 +100,7 @@ def test_processes_stopped_together_resume_bit_for_bit(config):
     for number in (signal.SIGTERM, signal.SIGINT):
         for in_evaluation in (False, True):
             launch = Launch(config, "stopped-2", processes=2)
-            reached = launch.is_evaluating if in_evaluation else lambda: True  # noqa: B023
+            reached = launch.is_evaluating if in_evaluation else lambda: True
             assert launch.wait_for(lambda: launch.steps_taken() >= 2 and reached()), launch.output  # noqa: B023
             chance.choice(launch.workers()).send_signal(number)
             assert launch.wait() != FINISHED
@@ -116,7 +120,9 @@ def test_a_signal_in_start_up_ends_all_processes(config, seconds):
     launch.processes()[0].send_signal(signal.SIGTERM)
     assert launch.wait() != FINISHED
     assert time.monotonic() - began < 25
-    assert "Traceback (most recent call last):\n  File \"<frozen runpy>\"" not in launch.output.split("torch/distributed")[0]
+    assert (
+        'Traceback (most recent call last):\n  File "<frozen runpy>"' not in launch.output.split("torch/distributed")[0]
+    )
 
 
 def test_a_hung_process_is_named(config):

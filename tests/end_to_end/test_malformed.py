@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args
 
@@ -23,6 +23,7 @@ from runtime.checkpoint import manifest
 from runtime.checkpoint.manifest import MANIFEST, Checksum
 from runtime.config import Config
 from runtime.data.tokens import TokenFile
+from runtime.observe.jsonl import read_rows
 from tests.corpus import tiny_run, write_corpus
 from tests.end_to_end.runs import ROOT, main, newest
 from tests.workers import run_workers
@@ -88,18 +89,30 @@ def launch(folder: Path, *commands: list[str]) -> list[Answer]:
     return answers
 
 
-def assert_refused(answer: Answer, *named: str) -> None:
-    assert answer.code == 2, answer
-    assert "error: " in answer.output and "Traceback" not in answer.output, answer
-    assert not answer.wrote, answer
-    for name in named:
-        assert name in answer.output, f"{name!r} is not named: {answer}"
+def complaints(answer: Answer, named: Iterable[str]) -> list[str]:
+    """What a refusal lacks: its code, a message that names all, no traceback, nothing written."""
+    found = {f"exit code {answer.code}": answer.code != 2, "no message": "error: " not in answer.output}
+    found |= {f"{name!r} is not named": name not in answer.output for name in named}
+    found |= {"a traceback": "Traceback" in answer.output, f"wrote {answer.wrote}": bool(answer.wrote)}
+    return [complaint for complaint, holds in found.items() if holds]
 
 
-def assert_all_refused(folder: Path, cases: dict[tuple[str, ...], list[str]]) -> None:
-    """Launch all, and check that each is refused and names what its key lists."""
-    for named, answer in zip(cases, launch(folder, *cases.values()), strict=True):
-        assert_refused(answer, *named)
+class Case(NamedTuple):
+    """A command that must be refused, and what the message must name."""
+
+    command: list[str]
+    named: list[str]
+
+
+def assert_refused(folder: Path, cases: list[Case]) -> None:
+    assert cases
+    answers = launch(folder, *(case.command for case in cases))
+    wrong = [
+        f"{case.command}: {', '.join(lacking)}: {answer.output[-600:]}"
+        for case, answer in zip(cases, answers, strict=True)
+        if (lacking := complaints(answer, case.named))
+    ]
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:12])
 
 
 # Configurations. The keys and what they admit come from the schema itself, so a new key cannot be forgotten.
@@ -116,7 +129,9 @@ class Key(NamedTuple):
 def keys(section: type[BaseModel], path: tuple[str | int, ...] = ()) -> Iterator[Key]:
     for name, field in section.model_fields.items():
         here = (*path, field.alias or name)
-        yield Key(here, TypeAdapter(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation))
+        yield Key(
+            here, TypeAdapter(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
+        )
         inner = [field.annotation, *get_args(field.annotation)]
         for part in inner:
             if isinstance(part, type) and issubclass(part, BaseModel):
@@ -170,26 +185,26 @@ def setting(path: tuple[str | int, ...], value: Any) -> Callable[[dict[str, Any]
 
 
 def test_every_key_refuses_what_its_type_or_range_does_not_admit(spoilt):
-    cases: dict[tuple[str, ...], list[str]] = {}
+    cases = []
     for key in KEYS:
         refused = [value for value in ODD_VALUES if is_refused_by(key, value)]
         assert len(refused) >= 2, key
         for value in refused:
             path = configured(spoilt, f"case-{len(cases)}", setting(key.path, value))
-            cases[str(key.path[0]), str(key.path[-1]).strip("0") or "sources", path] = [path]
+            cases.append(Case([path], [path, key.path[-1]]))
     assert len(cases) > 800
-    assert_all_refused(spoilt, cases)
+    assert_refused(spoilt, cases)
 
 
 def test_every_free_text_that_leads_nowhere_is_refused(spoilt):
     free = {str(key) for key in KEYS if not is_refused_by(key, "many") and not is_refused_by(key, "a b")}
     assert free == set(OUT_OF_RANGE)
-    cases: dict[tuple[str, ...], list[str]] = {}
+    cases = []
     for key, text in OUT_OF_RANGE.items():
         value = text if key == "observe.wandb" else str(spoilt / text)
         path = configured(spoilt, key, setting(tuple(int(p) if p.isdigit() else p for p in key.split(".")), value))
-        cases[(text,)] = [path, *(["run.name=new"] if key in ("start.from", "run.dir") else [])]
-    assert_all_refused(spoilt, cases)
+        cases.append(Case([path, "run.name=new"], [text]))
+    assert_refused(spoilt, cases)
 
 
 CONTRADICTIONS = [
@@ -220,7 +235,7 @@ CONTRADICTIONS = [
 
 def test_contradictions_are_refused(folder):
     config = str(folder / "config.toml")
-    assert_all_refused(folder, {(named,): [config, *arguments] for arguments, named in CONTRADICTIONS})
+    assert_refused(folder, [Case([config, *arguments], [named]) for arguments, named in CONTRADICTIONS])
 
 
 IMPOSSIBLE_MESHES = [
@@ -257,18 +272,17 @@ def test_an_impossible_mesh_is_refused_on_every_rank(folder, overrides, named):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff\xfe\x00", b"[run", b"run = 1", b"[[run]]\nname='x'", b"[model]\nvocab_size='auto'", b"a.b.c = 1"]
+    "content",
+    [b"", b"\xff\xfe\x00", b"[run", b"run = 1", b"[[run]]\nname='x'", b"[model]\nvocab_size='auto'", b"a.b.c = 1"],
 )
 def test_a_file_that_is_no_configuration_is_refused(folder, tmp_path, content):
     path = tmp_path / "broken.toml"
     path.write_bytes(content)
-    (answer,) = launch(tmp_path, [str(path)])
-    assert_refused(answer)
+    assert_refused(tmp_path, [Case([str(path)], [])])
 
 
 def test_a_missing_or_unreadable_configuration_is_refused(tmp_path):
-    for answer, path in zip(launch(tmp_path, ["absent.toml"], [str(tmp_path)]), ("absent.toml", str(tmp_path)), strict=True):
-        assert_refused(answer, path)
+    assert_refused(tmp_path, [Case([path], [path]) for path in ("absent.toml", str(tmp_path))])
 
 
 values = st.recursive(
@@ -343,19 +357,20 @@ DATA_FILES = [f"{name}.{suffix}" for name in ("train", "heldout") for suffix in 
 
 @pytest.mark.parametrize("file", DATA_FILES)
 def test_a_damaged_data_file_is_refused(folder, tmp_path, file):
-    cases: dict[tuple[str, ...], list[str]] = {}
-    for number, (kind, damage) in enumerate(damages((folder / "data" / file).stat().st_size).items()):
-        target = tmp_path / str(number)
+    cases = []
+    for kind, damage in damages((folder / "data" / file).stat().st_size).items():
+        target = tmp_path / kind
         shutil.copytree(folder / "data", target)
         damage(target / file)
-        part, name = file.split(".")[0], "data.sources.0.path" if file.startswith("train") else "evaluation.sets.0.path"
-        cases[str(target / part), kind[:0]] = [str(folder / "config.toml"), f"{name}={target / part}", "run.name=new"]
-    assert_all_refused(tmp_path, cases)
+        pair = target / file.split(".")[0]
+        key = "data.sources.0.path" if pair.name == "train" else "evaluation.sets.0.path"
+        cases.append(Case([str(folder / "config.toml"), f"{key}={pair}", "run.name=new"], [str(pair)]))
+    assert_refused(tmp_path, cases)
     assert not (folder / "runs" / "new").exists()
 
 
 def test_every_flip_in_an_index_is_refused(folder, tmp_path):
-    """Here without prepare's fingerprint beside it: what a flip leaves possible at all must still be the same tokens."""
+    """Without prepare's fingerprint: what a flip leaves possible at all must still be the same tokens."""
     size = (folder / "data" / "heldout.idx").stat().st_size
     for position in range(0, size, 7):
         path = tmp_path / "flipped"
@@ -370,21 +385,28 @@ def test_every_flip_in_an_index_is_refused(folder, tmp_path):
         assert found.num_tokens == TokenFile(folder / "data" / "heldout").num_tokens
 
 
-TOKENIZERS = [b"", b"{}", b"[]", b"null", b'{"model": {}}', b'{"model": {"vocab": 3}}', b"\xff\xfe", b"{" * 5000, b'"a"']
+TOKENIZERS = [
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b'{"model": {}}',
+    b'{"model": {"vocab": 3}}',
+    b"\xff\xfe",
+    b"{" * 5000,
+    b'"a"',
+]
 
 
 def test_a_tokenizer_that_is_none_is_refused(folder, tmp_path):
-    cases: dict[tuple[str, ...], list[str]] = {}
+    cases = []
     for number, content in enumerate(TOKENIZERS):
         path = tmp_path / f"{number}.json"
         path.write_bytes(content)
         for size in ("61", "auto"):
             arguments = [f"data.tokenizer={path}", f"model.vocab_size={size}", "run.name=new"]
-            cases[str(path), size[:0] + " " * len(cases) * 0, str(path)[: -1 if size == "auto" else None]] = [
-                str(folder / "config.toml"),
-                *arguments,
-            ]
-    assert_all_refused(tmp_path, cases)
+            cases.append(Case([str(folder / "config.toml"), *arguments], [str(path)]))
+    assert_refused(tmp_path, cases)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b'{"fingerprint": "x"}', b'{"vocab_size": 1000}'])
@@ -392,47 +414,159 @@ def test_metadata_that_does_not_fit_is_refused(folder, tmp_path, content):
     shutil.copytree(folder / "data", tmp_path / "data")
     (tmp_path / "data" / "train.json").write_bytes(content)
     source = f"data.sources.0.path={tmp_path / 'data' / 'train'}"
-    (answer,) = launch(tmp_path, [str(folder / "config.toml"), source, "run.name=new"])
-    assert_refused(answer, "train.json")
+    assert_refused(tmp_path, [Case([str(folder / "config.toml"), source, "run.name=new"], ["train.json"])])
 
 
 def test_other_data_on_resume_is_refused(folder, tmp_path):
     write_corpus(tmp_path / "other", seed=7)
-    (answer,) = launch(folder, [str(folder / "config.toml"), f"data.sources.0.path={tmp_path / 'other'}"])
-    assert_refused(answer, "data.sources", "data.on_change")
+    command = [str(folder / "config.toml"), f"data.sources.0.path={tmp_path / 'other'}"]
+    assert_refused(folder, [Case(command, ["data.sources", "data.on_change"])])
 
 
 # Checkpoints.
 
 
+def newest_folder(folder: Path) -> Path:
+    return folder / "runs" / "tiny" / "checkpoints" / newest(folder / "runs" / "tiny")
+
+
 def checkpoint_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "runs/tiny/checkpoints" / newest(folder / "runs/tiny")).iterdir())
+    return sorted(path.name for path in newest_folder(folder).iterdir())
 
 
-def only_newest(folder: Path) -> Path:
-    """The newest checkpoint of a copy, after removing the others."""
-    run = folder / "runs" / "tiny"
-    name = newest(run)
-    for each in (run / "checkpoints").iterdir():
-        if each.name != name:
-            shutil.rmtree(each)
-    return run / "checkpoints" / name
+def damaged_checkpoints(folder: Path, target: Path) -> Iterator[tuple[str, Path]]:
+    """Copies of the run, each with one damage to one file of its newest checkpoint; and that file."""
+    for file in checkpoint_files(folder):
+        size = (newest_folder(folder) / file).stat().st_size
+        for kind, damage in damages(size).items():
+            if file == MANIFEST and kind == "missing":
+                continue  # without it this is a save that was interrupted, and not a checkpoint
+            damaged = copy(folder, target / f"{file} {kind}")
+            damage(newest_folder(damaged) / file)
+            yield file, damaged
 
 
 def test_damage_to_any_file_of_the_only_checkpoint_is_refused(folder, tmp_path):
-    cases: dict[tuple[str, ...], list[str]] = {}
-    files = checkpoint_files(folder)
-    assert {MANIFEST, "state.json"} < set(files)
-    for file in files:
-        size = (only := folder / "runs/tiny/checkpoints" / newest(folder / "runs/tiny") / file).stat().st_size
-        assert only.exists()
-        for kind, damage in damages(size).items():
-            if file == MANIFEST and kind in ("missing", "a folder"):
-                continue  # without its manifest it is a save that was interrupted
-            target = copy(folder, tmp_path / str(len(cases)))
-            checkpoint = only_newest(target)
-            damage(checkpoint / file)
-            cases[file, checkpoint.name, str(target)[:1] * (len(cases) + 1)[:0] if False else str(target)] = [
-                str(target / "config.toml")
-            ]
-    assert_all_refused(tmp_path, cases)
+    alone = copy(folder, tmp_path / "alone")
+    for each in newest_folder(alone).parent.iterdir():
+        if each != newest_folder(alone):
+            shutil.rmtree(each)
+    assert {MANIFEST, "state.json"} < set(checkpoint_files(alone))
+    cases = []
+    for file, damaged in damaged_checkpoints(alone, tmp_path):
+        checkpoint = newest_folder(damaged)
+        cases.append(Case([str(damaged / "config.toml")], [checkpoint.name, file]))
+        start = [str(folder / "config.toml"), "run.name=new", f"start.from={checkpoint}"]
+        cases.append(Case(start, [checkpoint.name, file]))
+    assert_refused(tmp_path, cases)
+    assert not (folder / "runs" / "new").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(folder, tmp_path):
+    damaged = list(damaged_checkpoints(folder, tmp_path))[::5]
+    answers = launch(tmp_path, *([str(copied / "config.toml"), "run.until=9.5K"] for _, copied in damaged))
+    for (file, copied), answer in zip(damaged, answers, strict=True):
+        assert answer.code == 0 and "Traceback" not in answer.output, answer
+        assert f"tokens-{8 * BATCH}-segment-0 damaged: {file}" in answer.output
+        (resumed,) = [row for row in read_rows(copied / "runs/tiny/events.jsonl") if row["event"] == "resume"]
+        assert resumed["tokens"] == 4 * BATCH
+
+
+def rewrite(checkpoint: Path, file: str, content: bytes) -> None:
+    """Replace a file, and make the manifest agree with it."""
+    files = manifest.decode((checkpoint / MANIFEST).read_bytes())
+    checksum = Checksum()
+    checksum.update(content)
+    (checkpoint / file).write_bytes(content)
+    (checkpoint / MANIFEST).write_bytes(manifest.encode({**files, file: checksum.record()}))
+
+
+class Malicious:
+    """A pickle that makes a folder where it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def states(state: dict[str, Any]) -> Iterator[bytes]:
+    """Contents of state.json that no version of this program wrote."""
+    yield from (
+        b"",
+        b"[]",
+        b"3",
+        b"null",
+        b"{}",
+        b"{",
+        b"\xff\xfe",
+        b'{"format": 1}',
+        b'{"format": 99}',
+        b"[" * 100_000,
+    )
+    for key in state:
+        yield json.dumps({name: value for name, value in state.items() if name != key}).encode()
+        yield json.dumps({**state, key: None}).encode()
+    for key in state["train"]:
+        yield json.dumps({**state, "train": {**state["train"], key: "x"}}).encode()
+
+
+def test_a_forged_checkpoint_is_refused(folder, tmp_path):
+    forged: list[tuple[str, bytes]] = [(".metadata", pickle.dumps(Malicious(tmp_path / "made")))]
+    forged += [(".metadata", content) for content in (b"", b"garbage", pickle.dumps({}), pickle.dumps([1]))]
+    forged += [
+        ("state.json", content) for content in states(json.loads((newest_folder(folder) / "state.json").read_text()))
+    ]
+    cases = []
+    for number, (file, content) in enumerate(forged):
+        copied = copy(folder, tmp_path / str(number))
+        rewrite(newest_folder(copied), file, content)
+        cases.append(Case([str(copied / "config.toml")], [newest_folder(copied).name]))
+    assert_refused(tmp_path, cases)
+    assert not (tmp_path / "made").exists()
+
+
+STARTS = [
+    "data",
+    "runs",
+    "runs/tiny/config.toml",
+    "absent",
+    "runs/tiny/checkpoints/tokens-1-segment-0",
+    "data/train.bin",
+]
+
+
+def test_a_start_from_what_is_no_checkpoint_is_refused(folder, tmp_path):
+    starts = [str(folder / each) for each in STARTS] + ["", "no-protocol://x/y", "a\0b"]
+    config = str(folder / "config.toml")
+    named = {"a\0b": "start.from"}
+    cases = [Case([config, "run.name=new", f"start.from={each}"], [named.get(each, each)]) for each in starts]
+    checkpoint = f"start.from={newest_folder(folder)}"
+    for change in ("model.num_layers=3", "model.hidden_size=64", "model.qk_norm=true"):
+        cases.append(Case([config, "run.name=new", checkpoint, change], ["start.from", newest_folder(folder).name]))
+    assert_refused(folder, cases)
+
+
+# The command itself.
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_exits_with_2_and_one_message(folder, processes):
+    before = tree(folder)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "launch.pretrain",
+        str(folder / "config.toml"),
+        "data.sources.0.path=gone",
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.stderr.count("error: gone.idx: cannot be read") == 1
+    if processes == 1:
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    else:
+        assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
+    assert tree(folder) == before
