@@ -1,6 +1,8 @@
 # One virtual environment, made on first use; remove .venv to start over.
 PYTHON ?= python3
 VENV ?= .venv
+# On a machine without a GPU, a wheel of the CPU build saves gigabytes: make TORCH=path/to/torch.whl ...
+TORCH ?= torch>=2.11,<=2.13.0
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
@@ -14,17 +16,17 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<=2.13.0"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
 install: $(VENV)/.installed
 
-data/quickstart/heldout.idx: | $(VENV)/.installed
+data/quickstart/preparation.json: | $(VENV)/.installed
 	$(BIN)/python launch/prepare.py "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \
 	  --glob '**/*.py' --exclude '**/site-packages/**' --train-tokenizer --vocab-size 4096 --holdout 2% --out data/quickstart
 
-quickstart: data/quickstart/heldout.idx
+quickstart: data/quickstart/preparation.json
 	$(BIN)/torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.toml
 
 test: $(VENV)/.installed
@@ -35,6 +37,7 @@ test-slow: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 clean:

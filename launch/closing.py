@@ -3,29 +3,34 @@
 import json
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from runtime.config import Config
+from runtime.model.counts import count
 from runtime.observe.jsonl import read_rows
 
+LARGEST_SAMPLED = 100_000_000
+"""Parameters up to which the closing lines show samples: a larger model is worth a command of its own."""
 PROMPTS = ("def __init__(self", "import os", "class Test")
 
 
 def close(config: Config, command: list[str], outcome: str) -> None:
     """Draw loss.png and print the closing lines of a launch; for one process, after training."""
     folder = Path(config.run.dir) / config.run.name
-    unigram = unigram_loss(config)
-    plot = draw(folder, unigram)
+    unigram = unigram_losses(config)
+    plot = draw(folder, next(iter(unigram.values()), None))
     print(f"\nrun            {folder}  ({outcome})")
     if plot is not None:
         print(f"loss curve     {plot}")
     for row in last_evaluations(folder):
-        beside = f"; a unigram model has {unigram:.4f}" if unigram is not None else ""
+        known = unigram.get(row["set"].removesuffix("-ema"))
+        beside = f"; a unigram model has {known:.4f}" if known is not None else ""
         bits = f", {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
         print(f"held-out loss  {row['loss']:.4f} nats per token on {row['set']}{bits}{beside}")
     checkpoints = config.checkpoint.dir or str(folder)
-    if outcome == "finished":
+    if outcome == "finished" and count(config.model).total <= LARGEST_SAMPLED:
         show_samples(checkpoints)
     print(f"\nresume         {' '.join(shlex.quote(part) for part in command)}")
     print(f"sample         python launch/sample.py {checkpoints} --prompt 'def '")
@@ -33,15 +38,14 @@ def close(config: Config, command: list[str], outcome: str) -> None:
         print(f"tensorboard    tensorboard --logdir {folder / 'tensorboard'}")
 
 
-def unigram_loss(config: Config) -> float | None:
-    """The unigram model's loss that `prepare` recorded beside the first held-out set, if it did."""
+def unigram_losses(config: Config) -> dict[str, float]:
+    """The loss of a unigram model on each held-out set for which `prepare` recorded it."""
+    losses = {}
     for held_out in config.evaluation.sets:
-        try:
-            recorded = json.loads(Path(held_out.path + ".json").read_text(encoding="utf-8"))["unigram_loss"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        return float(recorded)
-    return None
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            recorded = json.loads(Path(held_out.path + ".json").read_text(encoding="utf-8"))
+            losses[held_out.name] = float(recorded["unigram_loss"])
+    return losses
 
 
 def last_evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ def compose(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ValueError(f"cannot read the configuration {path}: {_reason(error)}") from None
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or what Python refuses to parse
         raise ValueError(f"{path} is not TOML: {error}") from None
     for override in overrides:
         _apply(raw, override)

@@ -2,7 +2,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script: the project's root is where its packages are found
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 if TYPE_CHECKING:
     from runtime.checkpoint.interchange import Weights

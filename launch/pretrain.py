@@ -6,11 +6,16 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.resilience.exits import BAD_INPUT, INTERRUPTED
+from runtime.resilience.exits import BAD_INPUT, DIVERGED, FINISHED, INTERRUPTED
+
+if not __package__:  # run as a script: the project's root is where its packages are found
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 if TYPE_CHECKING:
     from runtime.config import Config
@@ -88,10 +93,10 @@ def train(config: "Config", command: list[str]) -> int:
     """Train on this process group until the end of the run, a signal or a fault; returns the exit code."""
     from launch.config import dump
     from runtime.assembly import open_trainer
-    from runtime.resilience.exits import DIVERGED, FINISHED, INTERRUPTED
     from runtime.startup import BadInput, process_group
     from runtime.trainer import Outcome
 
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with process_group(config.run.timeout_seconds):
@@ -108,9 +113,11 @@ def train(config: "Config", command: list[str]) -> int:
 
 
 def resume_command(arguments: argparse.Namespace) -> list[str]:
-    """The command that goes on with this run."""
-    processes = os.environ.get("WORLD_SIZE")
-    launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")] if processes else ["python"]
+    """The command that goes on with this run; on several machines, the part of it that they share."""
+    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    launcher = ["torchrun", "--nproc-per-node", local] if local else ["python"]
+    if local != world:
+        launcher = ["torchrun", "...", "--nproc-per-node", local]
     return [*launcher, "launch/pretrain.py", arguments.config, *arguments.overrides]
 
 

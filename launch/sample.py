@@ -5,7 +5,11 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if not __package__:  # run as a script: the project's root is where its packages are found
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 if TYPE_CHECKING:
     from runtime.model.decoder import Decoder

@@ -16,10 +16,11 @@ from runtime.config import Config
 from runtime.data.evaluation_set import EvaluationSet
 from runtime.data.loader import Loader
 from runtime.data.mixture import MixtureHistory
+from runtime.data.tokenizer import load as load_tokenizer
 from runtime.data.tokenizer import text_fingerprint
 from runtime.data.tokens import TokenFile
 from runtime.lock import RunLock
-from runtime.model.counts import flops_per_token
+from runtime.model.counts import count, flops_per_token
 from runtime.model.decoder import Decoder
 from runtime.observe.devices import peak
 from runtime.observe.identity import SourceIdentity, identity, with_segment
@@ -38,7 +39,7 @@ from runtime.resilience.signals import Interruption
 from runtime.resilience.watchdog import Watchdog
 from runtime.resume import refuse_changes
 from runtime.startup import BadInput, agree
-from runtime.state import FORMAT, TrainState
+from runtime.state import TrainState, check_description
 from runtime.trainer import Trainer
 from schedulers.learning_rate import build as build_schedule
 
@@ -85,7 +86,7 @@ def read_tokenizer(config: Config) -> str | None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.tokenizer: cannot read {path}: {error}") from None
-    text_fingerprint(text, path)
+    load_tokenizer(path)
     return text
 
 
@@ -139,16 +140,29 @@ def find_origin(config: Config, location: str, own: CheckpointStore, stack: Exit
     """
     name = own.newest()
     if name is not None:
-        return Origin(own, location, name, "own", own.read_state(name))
+        return Origin(own, location, name, "own", read_description(own, name))
     if config.start.from_ is None:
         return None
-    location, name = split(config.start.from_)
-    other = CheckpointStore(location, read_only=True)
-    stack.callback(other.close)
-    name = name or other.newest()
-    if name is None:
-        raise ValueError(f"start.from = {config.start.from_!r}: no checkpoint there")
-    return Origin(other, location, name, config.start.carry, other.read_state(name))
+    try:
+        location, name = agree(lambda: split(config.start.from_))
+        other = CheckpointStore(location, read_only=True)
+        stack.callback(other.close)
+        name = name or other.newest()
+        if name is None:
+            raise ValueError("no checkpoint there")
+        return Origin(other, location, name, config.start.carry, read_description(other, name))
+    except ValueError as error:
+        raise ValueError(f"start.from = {config.start.from_!r}: {error}") from None
+
+
+def read_description(store: CheckpointStore, name: str) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors; a collective. ValueError naming it if that is not of this version."""
+    try:
+        stored = store.read_state(name)
+        check_description(stored)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {name}: {error}") from None
+    return stored
 
 
 def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tuple[TrainState, MixtureHistory, bool]:
@@ -156,8 +170,6 @@ def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tupl
     if origin is None:
         return TrainState(), *open_history(inputs, config, {}, 0)
     stored = origin.description
-    if stored.get("format") != FORMAT:
-        raise ValueError(f"{origin.name}: format {stored.get('format')!r} is not known; this version reads {FORMAT}")
     where = f"checkpoint {origin.name}"
     if origin.carry == "own":
         refuse_changes(stored["config"], config, where)
@@ -177,7 +189,7 @@ def refuse_finished(state: TrainState, config: Config) -> None:
     end = config.run.until or config.schedule.horizon
     if state.clock.tokens >= end:
         raise ValueError(
-            f"start.from = {config.start.from_!r} has seen {state.clock.tokens:,} tokens, and this run ends at {end:,}; "
+            f"start.from = {config.start.from_!r} has seen {state.clock.tokens:,} tokens and this run ends at {end:,}; "
             'set a later schedule.horizon, or start.carry = "weights" for a new clock'
         )
 
@@ -215,7 +227,8 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
         watchdog.beat(0, "looking for checkpoints")
         with bad_input():
             location = config.checkpoint.dir or str(directory.path / "checkpoints")
-            store = CheckpointStore(location)
+            noticed: list[dict[str, Any]] = []
+            store = CheckpointStore(location, on_event=noticed.append)
             stack.callback(store.close)
             origin = find_origin(config, location, store, stack)
         state, history, changed = agree(lambda: restore_state(config, inputs, origin))
@@ -236,6 +249,8 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
             directory.write_identity(describe(config, inputs, mesh, directory, state, history, origin))
         reporter = open_reporter(config, mesh, directory, state, resumed=is_resume(origin), started=started)
         stack.callback(reporter.close)
+        for event in noticed:
+            reporter.checkpoint(state, event)
         if changed:
             state.events.append(reporter.event("mixture_change", state, mixture=history.to_json()["stages"][-1]))
         state.mixture = history.to_json()
@@ -375,4 +390,10 @@ def open_reporter(
     reporter = Reporter(config, mesh, mine, writer, flops, peak(*device_and_precision(config, mesh)), started)
     reporter.restore(state.skipped, map(tuple, on_record[0]))
     reporter.event("resume" if resumed else "run_start", state, processes=dist.get_world_size())
+    verb = f"resumes at {state.clock.tokens:,} tokens" if state.clock.tokens else "begins"
+    device, precision = device_and_precision(config, mesh)
+    reporter.console.say(
+        f"{config.run.name} {verb}: {count(config.model).total:,} parameters on {dist.get_world_size()} "
+        f"x {device}, {precision}; ends at {config.run.until or config.schedule.horizon:,} tokens"
+    )
     return reporter

@@ -5,6 +5,7 @@ Every section is a frozen pydantic model that refuses unknown keys. Token amount
 """
 
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -21,16 +22,18 @@ def parse_tokens(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f'{value!r} is not a token count; write 2_000_000, "2M" or "1.5B"')
     if isinstance(value, int):
-        amount: int | float = value
+        amount: int | Fraction = value
     else:
         match = _AMOUNT.fullmatch(value.strip())
         if match is None:
             raise ValueError(f'{value!r} is not a token count; write 2_000_000, "2M" or "1.5B"')
-        amount = float(match[1].replace("_", "")) * _UNITS[match[2].upper()]
-        if amount != int(amount):
+        amount = Fraction(match[1].replace("_", "")) * _UNITS[match[2].upper()]
+        if amount.denominator != 1:
             raise ValueError(f"{value!r} is not a whole number of tokens")
     if amount < 0:
         raise ValueError(f"{value!r} is negative; a token count is zero or more")
+    if amount >= 2**63:
+        raise ValueError(f"{value!r} is more tokens than can be counted, 2^63")
     return int(amount)
 
 
@@ -127,7 +130,8 @@ class OptimConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest L2 norm of the whole gradient; 0 does not clip."""
     ema_half_life: Annotated[Tokens, Field(gt=0)] | None = None
     """Half-life in tokens of an exponential moving average of the weights; none by default."""
 

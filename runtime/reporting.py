@@ -145,7 +145,7 @@ class Reporter:
         profiled = self._config.observe.profile_steps
         if profiled is not None and step == profiled[1]:
             with self.throughput.paused():
-                self.profiler.close(step)
+                self.profiler.after(step)
 
     def health(self, state: TrainState, row: dict[str, Any]) -> None:
         self.writer.health(state.clock, state.segment, row)
@@ -153,6 +153,10 @@ class Reporter:
     def is_evaluated(self, state: TrainState, name: str) -> bool:
         """Whether this boundary's loss on a set is already known; every rank answers alike."""
         return (state.clock.tokens, name) in self._evaluated
+
+    def checkpoint(self, state: TrainState, event: dict[str, Any]) -> None:
+        """A row for what became of a checkpoint, as the store tells it."""
+        self.event("checkpoint", state, **{key: each for key, each in event.items() if key != "event"})
 
     def event(self, name: str, state: TrainState, clock: Clock | None = None, **details: Any) -> dict[str, Any]:
         """Record what happened at a step boundary; returns the row."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from runtime.clock import Clock
@@ -59,6 +60,32 @@ class TrainState:
             return cls(**{**stored, "clock": Clock(**stored["clock"])})
         except (TypeError, KeyError) as error:
             raise ValueError(f"the checkpoint's training state is not of this version: {error}") from None
+
+
+@dataclass
+class Description:
+    """The contents of a checkpoint's state.json."""
+
+    format: int
+    model: dict[str, Any]
+    roles: dict[str, str]
+    tokenizer: dict[str, str | None]
+    config: dict[str, Any]
+    generators: list[dict[str, str]]
+    train: TrainState
+
+
+def check_description(stored: Any) -> None:
+    """ValueError unless a checkpoint's state has the fields and the types of this version."""
+    try:
+        found = TypeAdapter(Description).validate_python(stored)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(
+            f"its state is not of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
+    if found.format != FORMAT:
+        raise ValueError(f"format {found.format} is not known; this version reads {FORMAT}")
 
 
 def model_tensors(decoder: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def train_step(
     *,
     judge: Callable[[Tensor, Tensor], Tensor],
     update: Callable[[Tensor], None],
-    grad_clip: float | None,
+    grad_clip: float,
     data_group: dist.ProcessGroup,
 ) -> StepResult:
     """Accumulate the micro-batches, judge the step, and update the weights unless it is skipped.
@@ -55,7 +55,7 @@ def train_step(
 
     grad_norm = gradient_norm(parameters)
     skip = judge(loss, grad_norm)
-    if grad_clip is not None:
+    if grad_clip > 0:
         scale_gradients(parameters, grad_norm, grad_clip)
     update(skip)
     for parameter in parameters:

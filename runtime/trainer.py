@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 from runtime.clock import is_due
 from runtime.config import Config
@@ -63,7 +62,7 @@ class Trainer:
         self.end = min(self.config.schedule.horizon, self.config.run.until or self.config.schedule.horizon)
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.seq_len)
         self._saved = checkpoint_name(self.state) if self.state.clock.step else None
-        self.persistence.store.on_event = self.record_checkpoint
+        self.persistence.store.on_event = lambda event: self.reporter.checkpoint(self.state, event)
 
     def run(self) -> Outcome:
         """Train to the end of the run, a signal, the end of the time budget, or divergence."""
@@ -187,10 +186,6 @@ class Trainer:
                 self._saved = name
             if wait:
                 self.persistence.store.wait()
-
-    def record_checkpoint(self, event: dict[str, Any]) -> None:
-        """A row for what became of a checkpoint; the store calls this in the main thread."""
-        self.reporter.event("checkpoint", self.state, **{key: event[key] for key in event.keys() - {"event"}})
 
     def evaluate_if_due(self) -> bool:
         """Evaluate the held-out sets where the cadence or the end asks for it; False if interrupted."""

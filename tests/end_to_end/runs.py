@@ -215,7 +215,7 @@ def main(rank: int, argv: list[str]) -> tuple[int, str]:
         os.environ.pop(name, None)
     printed = io.StringIO()
     with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", RuntimeWarning)
         try:
             code = pretrain.main(argv)
         except SystemExit as exit:

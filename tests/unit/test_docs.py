@@ -1,0 +1,134 @@
+"""The pages say what is there: every key with its default, options and files that exist, presets that compose."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from launch.config import compose
+from runtime.config import Config
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PRESETS = sorted(ROOT.glob("configs/*.toml"))
+DERIVED = {"model.num_kv_heads": "`model.num_heads`", "model.head_dim": "`model.hidden_size / model.num_heads`"}
+"""Keys that the schema requires, and whose absence its validator fills."""
+OTHERS = {
+    *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts"),
+    *("--shutdown-timeout", "--nodes", "--gpus-per-node", "--signal", "--dependency", "--logdir", "--ckpt-format"),
+    *("--model", "--model_args", "--tasks", "--batch_size", "--include_path"),
+}
+"""Options of torchrun, Slurm, TensorBoard, Megatron-LM and lm-eval."""
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of the schema with its field; a list's entries are below `name[]`."""
+    for name, field in section.model_fields.items():
+        path = prefix + (field.alias or name)
+        entry = next((each for each in get_args(field.annotation) if isinstance(each, type)), None)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{path}.")
+            continue
+        yield path, field
+        if entry is not None and issubclass(entry, BaseModel):
+            yield from keys(entry, f"{path}[].")
+
+
+KEYS = dict(keys())
+
+
+def documented() -> dict[str, str]:
+    """The default that docs/configuration.md gives for each key."""
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    rows = re.findall(r"^\| `([a-z_.\[\]]+)` \| (.*?) \|", text, re.MULTILINE)
+    assert len(rows) == len(dict(rows)), "a key is described twice"
+    return dict(rows)
+
+
+def test_every_key_is_described_and_none_is_invented():
+    assert set(documented()) == set(KEYS)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_default_of_a_key_is_the_one_described(key):
+    field, cell = KEYS[key], documented()[key]
+    if field.is_required():
+        assert cell == DERIVED.get(key, "required")
+    elif field.default is None:
+        assert cell == "`none`"
+    else:
+        stated = tomllib.loads(f"value = {cell.strip('`')}")["value"]
+        assert stated == (list(field.default) if isinstance(field.default, tuple) else field.default)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_keys_named_in_the_text_exist(page):
+    sections, suffixes = "|".join(Config.model_fields), "json|toml|safetensors"
+    inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text())
+    words = {word for each in inline for word in re.split(r"[\s=]+", each)}
+    assert {word for word in words if re.fullmatch(rf"(?:{sections})\.(?!{suffixes})[a-z_]+", word)} <= set(KEYS)
+
+
+def options(path: Path) -> set[str]:
+    return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', path.read_text()))
+
+
+SCRIPTS = {ids(path): options(path) for path in (*ROOT.glob("launch/*.py"), *ROOT.glob("benchmarks/*.py"))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_options_in_the_text_exist(page):
+    text = page.read_text()
+    known = OTHERS.union(*SCRIPTS.values())
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
+    for command in re.sub(r"\\\n\s*", "", text).splitlines():
+        for script, accepted in SCRIPTS.items():
+            after = command.split(script)[1:]
+            used = re.findall(r"(?<![\w-])--[a-z][\w-]*", after[0].split("`")[0]) if after else []
+            assert set(used) <= accepted, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_files_named_in_the_text_exist(page):
+    parts = "runtime|launch|schedulers|tests|benchmarks|configs|docs"
+    for name in re.findall(rf"(?<![\w/.-])((?:{parts})/[a-z0-9_/.-]+\.(?:py|toml|md|sbatch))\b", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=ids)
+def test_presets_compose(preset, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = compose(preset, ["model.vocab_size=32768"])
+    assert config.run.name == preset.stem
+    assert any(ids(preset) in page.read_text() for page in PAGES)
+
+
+def test_every_command_of_a_preset_s_head_is_one_of_ours():
+    for preset in PRESETS:
+        for line in preset.read_text().splitlines():
+            if line.startswith("#   python"):
+                script, config, *rest = shlex.split(line[1:])[1:]
+                assert script in SCRIPTS and config == ids(preset)
+                assert {each for each in rest if each.startswith("--")} <= SCRIPTS[script]
+                compose(ROOT / config, [each for each in rest if "=" in each])
+
+
+def test_the_slurm_template_is_a_shell_script():
+    done = subprocess.run(["bash", "-n", ROOT / "launch" / "slurm" / "pretrain.sbatch"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
