@@ -10,6 +10,7 @@ from typing import Any
 from runtime.config import Config
 from runtime.model.counts import count
 from runtime.observe.jsonl import read_rows
+from runtime.persistence import checkpoint_location
 
 LARGEST_SAMPLED = 100_000_000
 """Parameters up to which the closing lines show samples: a larger model is worth a command of its own."""
@@ -29,7 +30,7 @@ def close(config: Config, command: list[str], outcome: str) -> None:
         beside = f"; a unigram model has {known:.4f}" if known is not None else ""
         bits = f", {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
         print(f"held-out loss  {row['loss']:.4f} nats per token on {row['set']}{bits}{beside}")
-    checkpoints = config.checkpoint.dir or str(folder)
+    checkpoints = checkpoint_location(config) if config.checkpoint.dir else str(folder)
     if outcome == "finished" and count(config.model).total <= LARGEST_SAMPLED:
         show_samples(checkpoints)
     print(f"\nresume         {' '.join(shlex.quote(part) for part in command)}")

@@ -6,13 +6,14 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.resilience.exits import BAD_INPUT, DIVERGED, FINISHED, INTERRUPTED
+from runtime.resilience.exits import BAD_INPUT, DIVERGED, FINISHED, INTERRUPTED, UNSAVED
 
 if not __package__:  # run as a script: the project's root is where its packages are found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrain",
         description="Train a model. The same command on an existing run resumes it.",
-        epilog="Exit codes: 0 finished, 2 bad input, 75 interrupted and saved, 76 hung, 77 diverged. "
+        epilog="Exit codes: 0 finished, 2 bad input, 74 not saved, 75 interrupted and saved, 76 hung, 77 diverged. "
         "Keys are described in docs/configuration.md.",
     )
     parser.add_argument("config", help="a TOML preset, such as configs/quickstart.toml, or a run's config.toml")
@@ -93,23 +94,30 @@ def train(config: "Config", command: list[str]) -> int:
     """Train on this process group until the end of the run, a signal or a fault; returns the exit code."""
     from launch.config import dump
     from runtime.assembly import open_trainer
-    from runtime.startup import BadInput, process_group
+    from runtime.startup import BadInput, LocalBadInput, process_group
     from runtime.trainer import Outcome
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with process_group(config.run.timeout_seconds):
-        try:
-            with open_trainer(config, dump(config)) as trainer:
-                outcome = trainer.run()
-        except BadInput as error:
-            return _refuse(str(error))
+    try:
+        with process_group(config.run.timeout_seconds), open_trainer(config, dump(config)) as trainer:
+            outcome = trainer.run()
+    except LocalBadInput as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(BAD_INPUT)
+    except BadInput as error:
+        return _refuse(str(error))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # the peers are in a collective, which an orderly exit would wait for
     if os.environ.get("RANK", "0") == "0":
         from launch.closing import close
 
         close(config, command, str(outcome))
-    return {Outcome.INTERRUPTED: INTERRUPTED, Outcome.DIVERGED: DIVERGED}.get(outcome, FINISHED)
+    codes = {Outcome.INTERRUPTED: INTERRUPTED, Outcome.DIVERGED: DIVERGED, Outcome.UNSAVED: UNSAVED}
+    return codes.get(outcome, FINISHED)
 
 
 def resume_command(arguments: argparse.Namespace) -> list[str]:

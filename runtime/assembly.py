@@ -1,11 +1,12 @@
 """From a configuration to a trainer: everything opened, checked, built, loaded and in its place."""
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from runtime.optim.ema import EMA
 from runtime.optim.groups import parameter_groups
 from runtime.parallel.mesh import Layout, Mesh, build, plan_layout
 from runtime.parallel.parallelize import compute_dtype, materialize, parallelize
-from runtime.persistence import Persistence
+from runtime.persistence import Persistence, checkpoint_location
 from runtime.reporting import Reporter
 from runtime.resilience.guard import StepGuard
 from runtime.resilience.signals import Interruption
@@ -42,6 +43,8 @@ from runtime.startup import BadInput, agree
 from runtime.state import TrainState, check_description
 from runtime.trainer import Trainer
 from schedulers.learning_rate import build as build_schedule
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def open_history(inputs: Inputs, config: Config, saved: dict[str, Any], position
     """
     if not saved:
         return MixtureHistory(inputs.sources, config.run.seed, config.data.seq_len), False
+    if (saved["seq_len"], saved["seed"]) != (config.data.seq_len, config.run.seed):
+        raise ValueError(
+            f"data.seq_len = {config.data.seq_len} and run.seed = {config.run.seed}, but the order of samples to go on "
+            f'with has {saved["seq_len"]} and {saved["seed"]}; keep them, or set start.carry = "weights"'
+        )
     at_hand = {source.fingerprint: source for source, _ in inputs.sources}
     was = {each["path"]: each["fingerprint"] for stage in saved["stages"] for each in stage["sources"]}
     history = MixtureHistory.from_json(saved, lambda path: at_hand.get(was[path]))
@@ -130,6 +138,7 @@ class Origin:
     location: str
     name: str
     carry: Literal["own", "all", "weights"]
+    hash: str
     description: dict[str, Any]
 
 
@@ -140,7 +149,7 @@ def find_origin(config: Config, location: str, own: CheckpointStore, stack: Exit
     """
     name = own.newest()
     if name is not None:
-        return Origin(own, location, name, "own", read_description(own, name))
+        return Origin(own, location, name, "own", own.hash(name), read_description(own, name))
     if config.start.from_ is None:
         return None
     try:
@@ -150,7 +159,7 @@ def find_origin(config: Config, location: str, own: CheckpointStore, stack: Exit
         name = name or other.newest()
         if name is None:
             raise ValueError("no checkpoint there")
-        return Origin(other, location, name, config.start.carry, read_description(other, name))
+        return Origin(other, location, name, config.start.carry, other.hash(name), read_description(other, name))
     except ValueError as error:
         raise ValueError(f"start.from = {config.start.from_!r}: {error}") from None
 
@@ -176,7 +185,8 @@ def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tupl
     elif stored["model"] != config.model.model_dump(mode="json"):
         raise ValueError(f"start.from: the model in {where} is {stored['model']}, not the one configured")
     if origin.carry == "weights":
-        return TrainState(lineage=[parent_of(origin)]), *open_history(inputs, config, {}, 0)
+        parent = parent_of(origin)
+        return TrainState(lineage=[parent], flops=parent["flops"]), *open_history(inputs, config, {}, 0)
     state = TrainState.from_json(stored["train"])
     if origin.carry == "all":
         refuse_finished(state, config)
@@ -199,6 +209,7 @@ def parent_of(origin: Origin) -> dict[str, Any]:
     train = origin.description["train"]
     return {
         "checkpoint": f"{origin.location}/{origin.name}",
+        "hash": origin.hash,
         "run": origin.description["config"].get("run", {}).get("name"),
         "carry": origin.carry,
         "tokens": train["clock"]["tokens"],
@@ -225,8 +236,8 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
         lock = stack.enter_context(closing(RunLock(directory.path)))
         agree(lambda: lock.acquire(create=False))
         watchdog.beat(0, "looking for checkpoints")
-        with bad_input():
-            location = config.checkpoint.dir or str(directory.path / "checkpoints")
+        with bad_input(), watchdog.suspended():
+            location = checkpoint_location(config)
             noticed: list[dict[str, Any]] = []
             store = CheckpointStore(location, on_event=noticed.append)
             stack.callback(store.close)
@@ -235,11 +246,11 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
         interruption.exit_if_asked()
 
         watchdog.beat(state.clock.step, "building the model")
-        decoder, persistence, parts = build_parts(config, mesh, store, inputs)
+        decoder, persistence, parts = build_parts(config, mesh, store, inputs, loaded=origin is not None)
         interruption.exit_if_asked()
         if origin is not None:
             watchdog.beat(state.clock.step, "loading a checkpoint")
-            with bad_input():
+            with bad_input(), watchdog.suspended():
                 load(persistence, origin)
         interruption.exit_if_asked()
 
@@ -278,6 +289,7 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
             interruption=interruption,
             watchdog=watchdog,
             state=state,
+            resumed=is_resume(origin),
             **parts,
         )
 
@@ -292,13 +304,17 @@ def bad_input() -> Iterator[None]:
 
 
 def build_parts(
-    config: Config, mesh: Mesh, store: CheckpointStore, inputs: Inputs
+    config: Config, mesh: Mesh, store: CheckpointStore, inputs: Inputs, loaded: bool
 ) -> tuple[Decoder, Persistence, dict[str, Any]]:
-    """The decoder with its first weights, what is kept of it, and all that trains it by `Trainer`'s field names."""
+    """The decoder, what is kept of it, and all that trains it by `Trainer`'s field names. It has its first weights,
+    or none yet if they are to be `loaded`."""
     with torch.device("meta"):
         decoder = Decoder(config.model)
     parallelize(decoder, mesh, config.parallel)
-    materialize(decoder, mesh.device, config.run.seed)
+    if loaded:
+        decoder.to_empty(device=mesh.device)
+    else:
+        materialize(decoder, mesh.device, config.run.seed)
     optim, schedule = config.optim, config.schedule
     optimizer = build_optimizer(parameter_groups(decoder, optim.weight_decay), optim)
     ema = EMA(decoder, optim.ema_half_life) if optim.ema_half_life else None
@@ -359,7 +375,7 @@ def describe(
         order_fingerprint=history.fingerprint,
         tokenizer_fingerprint=text_fingerprint(inputs.tokenizer) if inputs.tokenizer else None,
         parent=state.lineage[-1] if state.lineage else None,
-        previous=directory.read_identity(),
+        previous=read_or_warn(directory.read_identity, {}),
     )
     begun = [each["start_tokens"] for each in contents["segments"] if each["index"] == state.segment]
     return with_segment(
@@ -374,6 +390,15 @@ def describe(
     )
 
 
+def read_or_warn(read: Callable[[], T], default: T) -> T:
+    """What a log file says, or the default with a warning: a damaged log does not keep a run from going on."""
+    try:
+        return read()
+    except ValueError as error:
+        warnings.warn(f"{error}; what it said is lost, the run goes on", stacklevel=2)
+        return default
+
+
 def open_reporter(
     config: Config, mesh: Mesh, directory: RunDirectory, state: TrainState, *, resumed: bool, started: float
 ) -> Reporter:
@@ -381,7 +406,7 @@ def open_reporter(
     on_record: list[Any] = [None]
     mine = directory if dist.get_rank() == 0 else None
     if mine is not None:
-        rows = read_rows(mine.path / "evaluations.jsonl")
+        rows = read_or_warn(lambda: read_rows(mine.path / "evaluations.jsonl"), [])
         on_record[0] = [(row["tokens"], row["set"]) for row in rows if row["tokens"] == state.clock.tokens]
     dist.broadcast_object_list(on_record)
     identity = mine.read_identity() if mine is not None else {}

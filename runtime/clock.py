@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Clock:
     """Where a run stands, counted over all its ancestors.
 
-    `sequences` is the position in the global order of samples; `tokens` counts every position of every
+    `sequences` counts those of every batch; `tokens` counts every position of every
     sequence, masked and skipped ones included; `step` is a label for people and moves no schedule.
     """
 

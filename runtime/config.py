@@ -65,14 +65,14 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    until: Tokens | None = None
+    until: Annotated[Tokens, Field(gt=0)] | None = None
     """Stop with a checkpoint here, before the horizon; the schedule does not move."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall-clock budget of one launch, after which it saves and ends."""
     deterministic: bool = False
     """Ask torch for repeatable kernels; slower on a GPU."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """A step, a save or an evaluation batch that makes no progress for this long is called hung."""
+    """A step or an evaluation batch that makes no progress for this long is called hung."""
 
 
 class SourceConfig(Section):
@@ -168,7 +168,8 @@ class CheckpointConfig(Section):
     keep_every: Span | None = None
     """Also keep, for good, the first checkpoint at or past each multiple of this many tokens."""
     dir: str | None = None
-    """A folder or fsspec URL; by default `checkpoints` in the run directory."""
+    """A folder or fsspec URL that holds checkpoints of many runs, each under its name; by default they lie in the run
+    directory."""
     asynchronous: bool = True
 
 

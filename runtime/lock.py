@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,6 +33,8 @@ class RunLock:
         except BlockingIOError:
             os.close(file)
             raise ValueError(f"{self._path.parent}: another launch is running it; choose another run.name") from None
+        except OSError as error:  # a file system without locks
+            warnings.warn(f"{self._path} cannot be locked ({error.strerror}): launch a run only once", stacklevel=2)
         self._file = file
 
     def close(self) -> None:

@@ -90,5 +90,12 @@ class Persistence:
         return tensors
 
 
+def checkpoint_location(config: Config) -> str:
+    """Where a run keeps its checkpoints: in its own folder, or in one of its name under `checkpoint.dir`."""
+    if config.checkpoint.dir is not None:
+        return f"{config.checkpoint.dir.rstrip('/')}/{config.run.name}"
+    return f"{config.run.dir}/{config.run.name}/checkpoints"
+
+
 def checkpoint_name(state: TrainState) -> str:
     return f"tokens-{state.clock.tokens}-segment-{state.segment}"

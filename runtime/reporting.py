@@ -33,7 +33,7 @@ class Taken(NamedTuple):
 
 
 class Spike(NamedTuple):
-    """More skipped steps in a row than the guard allows, as the range of their samples."""
+    """Steps skipped in a row up to the present, as many as the guard allows or more, and the range of their samples."""
 
     steps: int
     first_sample: int
@@ -44,7 +44,7 @@ class Reporter:
     """Writes a run's rows on rank 0 and reads the device on every rank, so that all see the same numbers.
 
     `directory` is None on all other ranks, `started` the monotonic time at which the launch began. Skipped steps become
-    events; `read` returns a `Spike` once `guard.max_consecutive` of them came in a row.
+    events; `read` returns a `Spike` where the last `guard.max_consecutive` or more were.
     """
 
     def __init__(
@@ -67,15 +67,14 @@ class Reporter:
         self._config = config
         self._mesh = mesh
         self._taken: list[Taken] = []
-        self._run_of_skips: list[Taken] = []
         self._evaluated: set[tuple[int, str]] = set()
-        self._skipped = 0
         self._started = started
 
-    def restore(self, skipped: int, evaluated: Iterable[tuple[int, str]] = ()) -> None:
-        """Go on from a loaded state: its count of skipped steps, and the evaluations already on record."""
-        self._taken, self._run_of_skips, self._skipped = [], [], skipped
-        self._evaluated.update(evaluated)
+    def restore(self, tokens: int, evaluated: Iterable[tuple[int, str]] = ()) -> None:
+        """Go on from a state at `tokens`: forget what was not yet read and what was evaluated past it, and know the
+        evaluations already on record."""
+        self._taken = []
+        self._evaluated = {each for each in self._evaluated if each[0] <= tokens} | set(evaluated)
 
     def step(self, state: TrainState, first_sample: int, lr: float, result: StepResult) -> None:
         """Remember a step; nothing is read from the device."""
@@ -83,25 +82,25 @@ class Reporter:
         self._taken.append(Taken(state.clock, first_sample, end, state.batch_tokens, lr, state.flops, result))
         self.throughput.step(state.batch_tokens)
 
-    def read(self, state: TrainState) -> Spike | None:
-        """Read the steps since the last call, record skipped ones, and write the row of the last step."""
+    def read(self, state: TrainState, *, log: bool = True) -> Spike | None:
+        """Read the steps since the last call, record skipped ones, and with `log` write the row of the last step."""
         if not self._taken:
             return None
         taken, self._taken = self._taken, []
         numbers = torch.stack([torch.stack(list(each.result)).double() for each in taken]).tolist()
-        spike = None
         for step, (loss, grad_norm, skip) in zip(taken, numbers, strict=True):
-            self._run_of_skips = [*self._run_of_skips, step] if skip else []
-            if skip:
-                self._skipped += 1
-                samples = [step.first_sample, step.end_sample]
-                self.event("skipped_step", state, step.clock, loss=loss, grad_norm=grad_norm, samples=samples)
-            if len(self._run_of_skips) >= self._config.guard.max_consecutive:
-                first, last = self._run_of_skips[0], self._run_of_skips[-1]
-                spike = Spike(len(self._run_of_skips), first.first_sample, last.end_sample)
-        state.skipped = self._skipped
-        self._write(state, taken[-1], *numbers[-1][:2])
-        return spike
+            if not skip:
+                state.run_of_skips = []
+                continue
+            steps, first = state.run_of_skips[:2] or (0, step.first_sample)
+            state.run_of_skips = [steps + 1, first, step.end_sample]
+            state.skipped += 1
+            samples = [step.first_sample, step.end_sample]
+            self.event("skipped_step", state, step.clock, loss=loss, grad_norm=grad_norm, samples=samples)
+        if log:
+            self._write(state, taken[-1], *numbers[-1][:2])
+        spike = Spike(*state.run_of_skips) if state.run_of_skips else None
+        return spike if spike and spike.steps >= self._config.guard.max_consecutive else None
 
     def _write(self, state: TrainState, step: Taken, loss: float, grad_norm: float) -> None:
         rates = self.throughput.read()
@@ -119,7 +118,7 @@ class Reporter:
             tokens_per_second=rates.tokens_per_second,
             mfu=rates.mfu,
             memory_gib=self._peak_memory_gib(),
-            skipped=self._skipped,
+            skipped=state.skipped,
             wall_time=state.wall_time + self.elapsed(),
         )
         self.writer.metrics(row)

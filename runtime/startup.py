@@ -19,6 +19,10 @@ class BadInput(ValueError):
     """What a user can put right: known to every rank, to be shown once, without a traceback."""
 
 
+class LocalBadInput(BadInput):
+    """Found by this rank alone, while the others may be waiting in a collective: it has to speak for itself."""
+
+
 @contextmanager
 def process_group(timeout_seconds: float) -> Iterator[None]:
     """The default group: torchrun's processes, or this one alone. Gloo serves CPU tensors, NCCL those on a GPU."""
@@ -34,8 +38,11 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield
-    finally:
+    except (BadInput, SystemExit):  # all ranks have agreed on these
         dist.destroy_process_group()
+        raise
+    # After any other error the peers are in a collective, for which destroying the group would wait.
+    dist.destroy_process_group()
 
 
 def _attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.Store:

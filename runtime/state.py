@@ -20,6 +20,7 @@ class TrainState:
 
     `position` is the next sample of the global order. It runs ahead of `clock.sequences` once a rollback
     has stepped over a range of samples; `avoided` keeps those ranges as [first, past-the-last] pairs.
+    `run_of_skips` is empty, or the number of steps skipped in a row up to here with the range of their samples.
     `batch_tokens` is the size of the last batch, so that what was due at this boundary is known.
     """
 
@@ -29,6 +30,7 @@ class TrainState:
     segment: int = 0
     flops: int = 0
     skipped: int = 0
+    run_of_skips: list[int] = field(default_factory=list)
     wall_time: float = 0.0
     avoided: list[list[int]] = field(default_factory=list)
     mixture: dict[str, Any] = field(default_factory=dict)

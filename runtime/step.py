@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from runtime.data.loader import Batch
 from runtime.model.cross_entropy import IGNORE
@@ -32,24 +33,34 @@ def train_step(
     update: Callable[[Tensor], None],
     grad_clip: float,
     data_group: dist.ProcessGroup,
-) -> StepResult:
+    proceed: Callable[[], bool] = lambda: True,
+) -> StepResult | None:
     """Accumulate the micro-batches, judge the step, and update the weights unless it is skipped.
 
     The loss is the sum over tokens divided by the valid targets of the whole global batch, so neither
     micro-batches nor ranks of unequal lengths weigh a token differently. `judge(loss, grad_norm)` returns the
-    skip flag, `update(skip)` applies the optimizer; nothing here waits for the device.
+    skip flag, `update(skip)` applies the optimizer; nothing here waits for the device. `proceed` is asked after each
+    micro-batch, on all ranks alike; where it says no, the step is abandoned without a trace and the result is None.
     """
     device = parameters[0].device
-    valid = sum((batch.targets != IGNORE).sum() for batch in micro_batches).to(device, torch.float32)
+    micro_batches = [batch.to(device) for batch in micro_batches]
+    valid = sum((batch.targets != IGNORE).sum() for batch in micro_batches).float()
     dist.all_reduce(valid, group=data_group)
     valid = valid.clamp(min=1.0)
 
     total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        batch = batch.to(device)
+    for index, batch in enumerate(micro_batches):
+        if isinstance(decoder, FSDPModule):
+            # Replicas of a shard need to agree only once, after the last micro-batch.
+            last = index == len(micro_batches) - 1
+            decoder.set_requires_all_reduce(last)
+            decoder.set_is_last_backward(last)
         losses = decoder(batch.tokens, batch.targets, document_ids=batch.document_ids)
         ((losses.cross_entropy + losses.z) / valid).backward()
         total += losses.cross_entropy.detach()
+        if not proceed():
+            clear_gradients(parameters)
+            return None
     dist.all_reduce(total, group=data_group)
     loss = total / valid
 
@@ -58,6 +69,10 @@ def train_step(
     if grad_clip > 0:
         scale_gradients(parameters, grad_norm, grad_clip)
     update(skip)
+    clear_gradients(parameters)
+    return StepResult(loss, grad_norm, skip)
+
+
+def clear_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
-    return StepResult(loss, grad_norm, skip)

@@ -20,7 +20,7 @@ from runtime.reporting import Reporter, Spike
 from runtime.resilience.guard import StepGuard
 from runtime.resilience.signals import Interruption
 from runtime.resilience.watchdog import Watchdog
-from runtime.startup import BadInput
+from runtime.startup import LocalBadInput
 from runtime.state import TrainState
 from runtime.step import train_step
 from schedulers.learning_rate import Schedule
@@ -30,12 +30,13 @@ MOST_ROLLBACKS = 3
 
 
 class Outcome(StrEnum):
-    """Why a launch ended. Each of them leaves a checkpoint."""
+    """Why a launch ended. Each but the last leaves a checkpoint of that moment."""
 
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
     OUT_OF_TIME = "out_of_time"
     DIVERGED = "diverged"
+    UNSAVED = "unsaved"
 
 
 @dataclass
@@ -56,35 +57,48 @@ class Trainer:
     interruption: Interruption
     watchdog: Watchdog
     state: TrainState
+    resumed: bool
+    """Whether the state comes from this run's own checkpoint."""
 
     def __post_init__(self) -> None:
         self.parameters = list(self.decoder.parameters())
         self.end = min(self.config.schedule.horizon, self.config.run.until or self.config.schedule.horizon)
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.seq_len)
-        self._saved = checkpoint_name(self.state) if self.state.clock.step else None
+        self._saved = checkpoint_name(self.state) if self.resumed else None
         self.persistence.store.on_event = lambda event: self.reporter.checkpoint(self.state, event)
 
     def run(self) -> Outcome:
         """Train to the end of the run, a signal, the end of the time budget, or divergence."""
         outcome = None
+        if self.state.lineage and not self.resumed:
+            self.save()  # from here on the run no longer needs the checkpoint it began from
         if self.state.clock.step and not self.evaluate_if_due():
             outcome = self.halted()
         while outcome is None and not self.at_end():
-            self.step()
+            if not self.step():
+                outcome = self.halted()
+                break
             outcome = self.report_if_due() or self.halted()
             if outcome is None and (self.at_end() or self.is_due(self.config.checkpoint.every)):
                 self.save()
             if outcome is None and not self.evaluate_if_due():
                 outcome = self.halted()
-        outcome = outcome or Outcome.FINISHED
+        return self.end_with(outcome or Outcome.FINISHED)
+
+    def end_with(self, outcome: Outcome) -> Outcome:
+        """Leave a checkpoint of this moment, and say how the launch ended."""
         self.reporter.read(self.state)
         # Retention reads a checkpoint back, which a launch that was told to stop has no time for.
-        self.save(wait=True, retain=outcome is Outcome.FINISHED)
+        retain = outcome is Outcome.FINISHED
+        if not (self.save(wait=True, retain=retain) or self.save(wait=True, retain=retain)):
+            self.reporter.console.say(f"the last checkpoint, {checkpoint_name(self.state)}, could not be written")
+            outcome = Outcome.UNSAVED
         self.reporter.event("run_end", self.state, outcome=str(outcome))
         return outcome
 
-    def step(self) -> None:
-        """One batch of the global order, at the learning rate of its place on the clock."""
+    def step(self) -> bool:
+        """One batch of the global order, at the learning rate of its place on the clock; False, and nothing has
+        happened, if the ranks agreed to stop in the midst of it."""
         config, state = self.config, self.state
         sequences, seq_len = config.batch.sequences, config.data.seq_len
         self.watchdog.beat(state.clock.step + 1, "data")
@@ -104,7 +118,10 @@ class Trainer:
             update=self.optimizer.step,
             grad_clip=config.optim.grad_clip,
             data_group=self.mesh.data_group,
+            proceed=lambda: self.halted() is None,
         )
+        if result is None:
+            return False
         if self.ema is not None:
             self.ema.update(sequences * seq_len, result.skip)
         state.advance(first_sample, sequences, seq_len, self.flops_per_token * sequences * seq_len)
@@ -112,12 +129,13 @@ class Trainer:
         self.reporter.end_profile(state.clock.step)
         if health is not None:
             self.end_health(*health)
+        return True
 
     def fetch(self, first_sample: int) -> Sequence[Batch]:
         try:
             return self.loader.batch(first_sample, self.config.batch.sequences, self.config.batch.micro_sequences)
         except ValueError as error:
-            raise BadInput(str(error)) from error
+            raise LocalBadInput(f"rank {self.mesh.data_rank} of the data: {error}") from error
 
     def at_end(self) -> bool:
         return self.state.clock.tokens >= self.end
@@ -129,10 +147,12 @@ class Trainer:
     def report_if_due(self) -> Outcome | None:
         """Read the device at the logging cadence, and act on too many skipped steps in a row."""
         step = self.state.clock.step
-        if step % self.config.observe.log_every and step > 1 and not self.at_end():
+        log = step % self.config.observe.log_every == 0 or step == 1 or self.at_end()
+        # A checkpoint holds the count of skipped steps, so they are read before it is made.
+        if not (log or self.is_due(self.config.checkpoint.every)):
             return None
         self.persistence.store.poll()
-        spike = self.reporter.read(self.state)
+        spike = self.reporter.read(self.state, log=log)
         if spike is None:
             return None
         if self.config.guard.on_spike == "rollback" and self.roll_back(spike):
@@ -145,6 +165,10 @@ class Trainer:
 
     def roll_back(self, spike: Spike) -> bool:
         """Return to the last durable checkpoint and step over the samples of the spike; False if that cannot help."""
+        with self.reporter.throughput.paused(), self.watchdog.suspended():
+            return self.return_to_checkpoint(spike)
+
+    def return_to_checkpoint(self, spike: Spike) -> bool:
         name = self.persistence.store.newest()
         before = [each for each in self.state.events if each["event"] == "rollback" and each["to"] == name]
         if name is None or len(before) >= MOST_ROLLBACKS:
@@ -161,8 +185,8 @@ class Trainer:
         samples = [spike.first_sample, spike.end_sample]
         event = self.reporter.event("rollback", self.state, to=name, left_at=left.clock.tokens, samples=samples)
         self.state.events.append(event)
-        self.reporter.restore(self.state.skipped)
-        self._saved = name
+        self.reporter.restore(self.state.clock.tokens)
+        self._saved = checkpoint_name(self.state)
         return True
 
     def halted(self) -> Outcome | None:
@@ -176,16 +200,17 @@ class Trainer:
         budget = self.config.run.max_minutes
         return budget is not None and self.reporter.elapsed() >= budget * 60
 
-    def save(self, *, wait: bool = False, retain: bool = True) -> None:
-        """A checkpoint of this boundary, unless there is one."""
+    def save(self, *, wait: bool = False, retain: bool = True) -> bool:
+        """A checkpoint of this boundary, unless there is one; with `wait`, whether it is there for good."""
         name = checkpoint_name(self.state)
         self.watchdog.beat(self.state.clock.step, "checkpoint")
         with self.reporter.throughput.paused(), self.watchdog.suspended():
             if name != self._saved:
                 self.persistence.save(self.state, elapsed=self.reporter.elapsed(), wait=wait, retain=retain)
                 self._saved = name
-            if wait:
-                self.persistence.store.wait()
+            if wait and not self.persistence.store.wait():
+                self._saved = None
+        return self._saved is not None
 
     def evaluate_if_due(self) -> bool:
         """Evaluate the held-out sets where the cadence or the end asks for it; False if interrupted."""

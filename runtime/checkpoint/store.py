@@ -159,6 +159,13 @@ class CheckpointStore:
         self._require_intact(name)
         return self._ranks.broadcast(partial(read_state, self._storage, name))
 
+    def hash(self, name: str) -> str:
+        """BLAKE2b of a checkpoint's manifest, which holds those of all its files. ValueError if it is not intact."""
+        self.wait()
+        checksum = manifest.Checksum()
+        checksum.update(manifest.encode(self._require_intact(name)))
+        return checksum.record().blake2b
+
     def load(self, name: str, tensors: Mapping[str, Tensor], partial_load: bool = False) -> None:
         """Fill tensors and DTensors of any mesh in place from a checkpoint of any mesh.
 

@@ -69,13 +69,14 @@ class Attention(nn.Module):
 
 @torch.no_grad()
 def largest_logit(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Largest visible entry of query @ key^T / sqrt(head_dim), in float32, one sequence at a time."""
+    """Largest visible entry of query @ key^T / sqrt(head_dim), in float32, one head of one sequence at a time."""
     groups = query.shape[1] // key.shape[1]
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     mask = mask.expand(query.shape[0], 1, -1, -1)
     largest = []
-    for queries, keys, visible in zip(query, key, mask, strict=True):
-        logits = queries.float() @ keys.float().repeat_interleave(groups, 0).mT
-        largest.append(logits.masked_fill_(~visible, -torch.inf).amax())
+    for queries, keys, visible in zip(query, key, mask.squeeze(1), strict=True):
+        for head, queries_of_head in enumerate(queries):
+            logits = queries_of_head.float() @ keys[head // groups].float().mT
+            largest.append(logits.masked_fill_(~visible, -torch.inf).amax())
     return torch.stack(largest).amax() * query.shape[-1] ** -0.5

@@ -35,7 +35,6 @@ def identity(
     order_fingerprint: str | None = None,
     tokenizer_fingerprint: str | None = None,
     parent: dict[str, Any] | None = None,
-    law: dict[str, Any] | None = None,
     previous: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of run.json, to which `with_segment` adds the segments.
@@ -70,7 +69,6 @@ def identity(
             "warmup_tokens": schedule.warmup,
             **({"decay_tokens": schedule.decay, "tail": schedule.tail} if schedule.kind == "wsd" else {}),
         },
-        "law": law,
         "parent": parent,
     }
     return {**_known(contents), "segments": previous.get("segments", [])}

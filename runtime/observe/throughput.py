@@ -48,10 +48,6 @@ class Throughput:
             self._warm = True
             self.resume()
 
-    def restart(self) -> None:
-        """The next step compiles again (new shapes): leave it out, and forget what was not yet read."""
-        self._warm, self._since, self._seconds, self._tokens = False, None, 0.0, 0
-
     def pause(self) -> None:
         if self._since is not None:
             self._synchronize()

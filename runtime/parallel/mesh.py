@@ -84,14 +84,12 @@ class Mesh:
 
 
 def build(layout: Layout, device_type: str) -> Mesh:
-    """Place a layout on the default process group; a collective. On a GPU it makes this rank's device current."""
+    """Place a layout on the default process group; a collective. On GPUs a rank takes its current device."""
     degrees = (layout.data_replicate, layout.data_shard, layout.tensor)
     if device_type == "cpu":
         device = torch.device("cpu")
     else:
-        accelerator = getattr(torch, device_type)
-        device = torch.device(device_type, dist.get_rank() % accelerator.device_count())
-        accelerator.set_device(device)
+        device = torch.device(device_type, getattr(torch, device_type).current_device())
     device_mesh = init_device_mesh(device_type, degrees, mesh_dim_names=AXES)
     data = device_mesh[AXES[:2]]._flatten("data") if layout.data_replicate > 1 else device_mesh["data_shard"]
     return Mesh(

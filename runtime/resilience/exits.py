@@ -1,8 +1,10 @@
-"""Exit codes of a launch. 75 to 77 lie outside the shell's and Python's own; a scheduler can tell them apart."""
+"""Exit codes of a launch. 74 to 77 lie outside the shell's and Python's own; a scheduler can tell them apart."""
 
 FINISHED = 0
 BAD_INPUT = 2
 """Something the user can put right; the same command would end the same way."""
+UNSAVED = 74
+"""The last checkpoint could not be written, not at a second try either (EX_IOERR); the one before it stands."""
 INTERRUPTED = 75
 """Asked to stop by a signal, with everything saved: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
 HUNG = 76

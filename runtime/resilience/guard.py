@@ -18,8 +18,6 @@ class StepGuard:
         self._values = torch.zeros(window, 2, device=device)
         self._accepted = torch.zeros((), dtype=torch.int64, device=device)
         self._places = torch.arange(window, device=device)
-        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        """Steps skipped since the last accepted one, on the device."""
 
     @torch.no_grad()
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -36,7 +34,7 @@ class StepGuard:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs to go on alike; the tensors themselves."""
-        return {"values": self._values, "accepted": self._accepted, "skipped_in_a_row": self.skipped_in_a_row}
+        return {"values": self._values, "accepted": self._accepted}
 
     def _limits(self) -> Tensor:
         """Largest loss and gradient norm that pass, [2] in float64; infinite while the window is too empty."""
@@ -51,5 +49,3 @@ class StepGuard:
         place = (self._places == self._accepted % len(self._places)) & ~skip
         torch.where(place.unsqueeze(1), latest, self._values, out=self._values)
         self._accepted += ~skip
-        self.skipped_in_a_row += 1
-        self.skipped_in_a_row *= skip

@@ -1,6 +1,7 @@
 """The whole trainer on gloo: what a resume, another mesh, a branch and a change of data do to a trajectory."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,94 @@ def launch_twice(rank: int, folder: Path) -> str:
 
 def test_a_run_has_one_launch_at_a_time(folder):
     assert all("another launch is running it" in answer for answer in run_workers(launch_twice, 2, folder))
+
+
+def poisoned_launch(
+    rank: int, folder: Path, sections: dict[str, dict[str, Any]], bad: list[int], fail: list[int]
+) -> str:
+    """A launch whose loss is NaN for batches that begin at the `bad` samples, and whose saves with the numbers in
+    `fail` fail on the way to disk."""
+    with open_trainer(tiny_run(folder, **sections), "") as trainer:
+        judge, write, saves = trainer.guard.judge, trainer.persistence.store._write, []
+
+        def poisoned(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+            return judge(loss * math.nan if trainer.state.next_position(8) in bad else loss, grad_norm)
+
+        def failing(*arguments: Any) -> int:
+            saves.append(arguments[0])
+            if len(saves) in fail:
+                raise OSError("no space left")
+            return write(*arguments)
+
+        trainer.guard.judge, trainer.persistence.store._write = poisoned, failing
+        return str(trainer.run())
+
+
+SKIPPING = {"observe": {"log_every": 10}, "checkpoint": {"every": 5 * BATCH}}
+
+
+def test_skipped_steps_between_two_rows_survive_a_restart(folder):
+    for name, stops in {"skips-in-one": (12,), "skips-in-parts": (6, 12)}.items():
+        for until in stops:
+            sections = {"run": {"name": name, "until": until * BATCH}, **SKIPPING}
+            run_workers(poisoned_launch, 1, folder, sections, [2 * 8, 3 * 8], [])
+        events = read_rows(folder / "runs" / name / "events.jsonl")
+        assert [row["step"] for row in events if row["event"] == "skipped_step"] == [3, 4]
+        assert read_rows(folder / "runs" / name / "metrics.jsonl")[-1]["skipped"] == 2
+
+
+def test_skips_in_a_row_are_counted_over_restarts(folder):
+    outcomes = []
+    for until in (5, 12):
+        sections = {"run": {"name": "relapse", "until": until * BATCH}, "guard": {"max_consecutive": 6}}
+        outcomes += run_workers(poisoned_launch, 1, folder, sections, [8 * step for step in range(2, 12)], [])
+    assert outcomes == ["finished", "diverged"]
+    assert read_rows(folder / "runs" / "relapse" / "metrics.jsonl")[-1]["step"] == 8
+
+
+def test_after_a_rollback_what_was_evaluated_past_it_is_evaluated_again(folder):
+    sections = {
+        "run": {"name": "rolled"},
+        "guard": {"max_consecutive": 2, "on_spike": "rollback"},
+        "evaluation": {"every": BATCH},
+    }
+    run_workers(poisoned_launch, 1, folder, sections, [6 * 8, 7 * 8], [])
+    path = folder / "runs" / "rolled" / "evaluations.jsonl"
+    evaluated = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["tokens"] // BATCH for row in evaluated] == [1, 2, 3, 4, 5, 6, 7, *range(5, 13)]
+    losses = {row["tokens"] // BATCH: row["loss"] for row in evaluated}
+    assert losses[7] != losses[6]
+
+
+@pytest.mark.parametrize(("failing", "outcome"), [([3], "finished"), ([3, 4], "unsaved")])
+def test_a_last_save_that_fails_is_tried_once_more_and_not_called_a_success(folder, failing, outcome):
+    name = f"full-disk-{outcome}"
+    sections = {"run": {"name": name, "until": 6 * BATCH}, "checkpoint": {"every": 2 * BATCH}}
+    assert run_workers(poisoned_launch, 1, folder, sections, [], failing) == [outcome]
+    checkpoints = {path.name for path in (folder / "runs" / name / "checkpoints").iterdir()}
+    assert (f"tokens-{6 * BATCH}-segment-0" in checkpoints) == (outcome == "finished")
+
+
+def test_a_branch_has_a_checkpoint_before_its_first_step_and_its_parents_order(folder, whole):
+    start, schedule = {"from": str(folder / "runs" / "whole")}, {"horizon": 14 * BATCH, "kind": "constant"}
+    with pytest.raises(BadInput, match=r"data\.seq_len = 16"):
+        train(folder, "longer", start=start, schedule=schedule, data={"seq_len": 16})
+    train(folder, "offshoot", start=start, schedule=schedule)
+    saved = read_rows(folder / "runs" / "offshoot" / "events.jsonl")
+    assert next(row["checkpoint"] for row in saved if row.get("outcome") == "saved") == f"tokens-{12 * BATCH}-segment-0"
+    assert len(json.loads((folder / "runs" / "offshoot" / "run.json").read_text())["parent"]["hash"]) == 32
+
+
+def test_damaged_logs_do_not_keep_a_run_from_going_on(folder):
+    train(folder, "scarred", run={"until": 4 * BATCH})
+    (folder / "runs" / "scarred" / "run.json").write_text("{")
+    (folder / "runs" / "scarred" / "evaluations.jsonl").write_bytes(b"\0\0\n{}\n")
+    assert len(train(folder, "scarred")) == 12
+    assert json.loads((folder / "runs" / "scarred" / "run.json").read_text())["name"] == "scarred"
+
+
+def test_runs_share_a_checkpoint_folder_without_taking_each_others(folder):
+    checkpoint = {"dir": str(folder / "shared")}
+    first, second = (train(folder, name, checkpoint=checkpoint, run={"until": 4 * BATCH}) for name in ("one", "two"))
+    assert column(first, "step") == column(second, "step") == [1, 2, 3, 4]
+    assert sorted(path.name for path in (folder / "shared").iterdir()) == ["one", "two"]

@@ -78,9 +78,7 @@ def test_skipped_steps_do_not_enter_the_window():
     assert [judge(guard, 50.0) for _ in range(40)] == [1.0] * 40
     for name in ("values", "accepted"):
         assert torch.equal(guard.tensors()[name], before[name])
-    assert guard.skipped_in_a_row.item() == 40
     assert judge(guard, 2.0, 2.0) == 0.0
-    assert guard.skipped_in_a_row.item() == 0
 
 
 def test_the_window_holds_the_latest_accepted_steps():

@@ -122,7 +122,7 @@ def test_run_json_has_what_a_scaling_study_asks_of_a_run():
     assert columns["batch_tokens"] == 128 * 128 and columns["final_lr"] == pytest.approx(2e-4)
     assert columns["P"] == columns["r"] == 1
     assert {"python", "torch", "numpy", "meristem"} <= contents["versions"].keys()
-    assert "law" not in contents and "parent" not in contents and "peak" not in segment
+    assert "parent" not in contents and "peak" not in segment
 
 
 def test_a_resume_keeps_the_identity_and_notes_the_new_mesh():

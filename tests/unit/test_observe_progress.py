@@ -74,18 +74,6 @@ def test_throughput_of_an_unknown_device_has_no_mfu_and_of_no_step_nothing():
     assert throughput.read() == (7.0, None)
 
 
-def test_throughput_starts_anew_when_shapes_change():
-    clock = Clock()
-    throughput = Throughput(flops_per_token=10, world_size=1, clock=clock)
-    throughput.step(1)
-    throughput.restart()
-    clock.now += 100
-    throughput.step(1)
-    clock.now += 1
-    throughput.step(5)
-    assert throughput.read().tokens_per_second == 5.0
-
-
 def test_throughput_waits_for_the_device_at_pauses_only():
     waits = []
     throughput = Throughput(10, 1, synchronize=lambda: waits.append(1))
