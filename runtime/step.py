@@ -52,9 +52,7 @@ def train_step(
     for index, batch in enumerate(micro_batches):
         if isinstance(decoder, FSDPModule):
             # Replicas of a shard need to agree only once, after the last micro-batch.
-            last = index == len(micro_batches) - 1
-            decoder.set_requires_all_reduce(last)
-            decoder.set_is_last_backward(last)
+            decoder.set_requires_all_reduce(index == len(micro_batches) - 1)
         losses = decoder(batch.tokens, batch.targets, document_ids=batch.document_ids)
         ((losses.cross_entropy + losses.z) / valid).backward()
         total += losses.cross_entropy.detach()
