@@ -64,6 +64,7 @@ class Trainer:
         self.parameters = list(self.decoder.parameters())
         self.end = min(self.config.schedule.horizon, self.config.run.until or self.config.schedule.horizon)
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.seq_len)
+        self._first_step = self.state.clock.step
         self._saved = checkpoint_name(self.state) if self.resumed else None
         self.persistence.store.on_event = lambda event: self.reporter.checkpoint(self.state, event)
 
@@ -186,6 +187,7 @@ class Trainer:
         event = self.reporter.event("rollback", self.state, to=name, left_at=left.clock.tokens, samples=samples)
         self.state.events.append(event)
         self.reporter.restore(self.state.clock.tokens)
+        self._first_step = self.state.clock.step
         self._saved = checkpoint_name(self.state)
         return True
 
@@ -197,8 +199,9 @@ class Trainer:
         return Outcome.OUT_OF_TIME if agreed.out_of_time else None
 
     def out_of_time(self) -> bool:
-        budget = self.config.run.max_minutes
-        return budget is not None and self.reporter.elapsed() >= budget * 60
+        """Whether the budget is spent; never before a first step, or launches after launches would go nowhere."""
+        budget, moved = self.config.run.max_minutes, self.state.clock.step > self._first_step
+        return budget is not None and moved and self.reporter.elapsed() >= budget * 60
 
     def save(self, *, wait: bool = False, retain: bool = True) -> bool:
         """A checkpoint of this boundary, unless there is one; with `wait`, whether it is there for good."""
