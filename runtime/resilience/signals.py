@@ -119,7 +119,7 @@ def _tell(number: int) -> None:
     """Answer a first signal on the console, once for the processes of a run."""
     if os.environ.get("RANK", "0") == "0":
         hint = "; another one exits at once" if number == signal.SIGINT else ""
-        print(f"{signal.Signals(number).name}: saving and stopping after this step{hint}", file=sys.stderr, flush=True)
+        print(f"{signal.Signals(number).name}: saving and stopping{hint}", file=sys.stderr, flush=True)
 
 
 def _alone() -> bool:
