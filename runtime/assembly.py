@@ -1,18 +1,17 @@
 """From a configuration to a trainer: everything opened, checked, built, loaded and in its place."""
 
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from runtime.checkpoint.store import CheckpointStore
-from runtime.checkpoint.unsharded import split
 from runtime.config import Config
 from runtime.data.evaluation_set import EvaluationSet
 from runtime.data.loader import Loader
@@ -31,6 +30,7 @@ from runtime.observe.run_directory import RunDirectory
 from runtime.optim.adamw import build as build_optimizer
 from runtime.optim.ema import EMA
 from runtime.optim.groups import parameter_groups
+from runtime.origin import Origin, find_origin, is_resume, parent_of, refuse_finished
 from runtime.parallel.mesh import Layout, Mesh, build, plan_layout
 from runtime.parallel.parallelize import compute_dtype, materialize, parallelize
 from runtime.persistence import Persistence, checkpoint_location
@@ -39,12 +39,10 @@ from runtime.resilience.guard import StepGuard
 from runtime.resilience.signals import Interruption
 from runtime.resilience.watchdog import Watchdog
 from runtime.resume import refuse_changes
-from runtime.startup import BadInput, agree
-from runtime.state import TrainState, check_description
+from runtime.startup import BadInput, agree, read_or_warn
+from runtime.state import TrainState
 from runtime.trainer import Trainer
 from schedulers.learning_rate import build as build_schedule
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,56 +120,14 @@ def open_history(inputs: Inputs, config: Config, saved: dict[str, Any], position
     return history, True
 
 
-def _mixture(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(each["fingerprint"], each["weight"]) for each in sources]
+def _mixture(sources: list[dict[str, Any]]) -> list[tuple[str, Fraction]]:
+    """What decides the order of samples: neither the listing's order nor the weights' scale does."""
+    total = sum(Fraction(each["weight"]) for each in sources)
+    return sorted((each["fingerprint"], Fraction(each["weight"]) / total) for each in sources)
 
 
 def _told(sources: list[dict[str, Any]]) -> str:
     return ", ".join(f"{each['path']} x {each['weight']} ({each['fingerprint'][:8]})" for each in sources)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The checkpoint a launch begins from: its own run's newest, or another's."""
-
-    store: CheckpointStore
-    location: str
-    name: str
-    carry: Literal["own", "all", "weights"]
-    hash: str
-    description: dict[str, Any]
-
-
-def find_origin(config: Config, location: str, own: CheckpointStore, stack: ExitStack) -> Origin | None:
-    """The newest checkpoint of this run, else the one that `start.from` names, else None; a collective.
-
-    ValueError if there are checkpoints and none is intact, or `start.from` leads to none.
-    """
-    name = own.newest()
-    if name is not None:
-        return Origin(own, location, name, "own", own.hash(name), read_description(own, name))
-    if config.start.from_ is None:
-        return None
-    try:
-        location, name = agree(lambda: split(config.start.from_))
-        other = CheckpointStore(location, read_only=True)
-        stack.callback(other.close)
-        name = name or other.newest()
-        if name is None:
-            raise ValueError("no checkpoint there")
-        return Origin(other, location, name, config.start.carry, other.hash(name), read_description(other, name))
-    except ValueError as error:
-        raise ValueError(f"start.from = {config.start.from_!r}: {error}") from None
-
-
-def read_description(store: CheckpointStore, name: str) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors; a collective. ValueError naming it if that is not of this version."""
-    try:
-        stored = store.read_state(name)
-        check_description(stored)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {name}: {error}") from None
-    return stored
 
 
 def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tuple[TrainState, MixtureHistory, bool]:
@@ -192,29 +148,6 @@ def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tupl
         refuse_finished(state, config)
         state.lineage = [*state.lineage, parent_of(origin)]
     return state, *open_history(inputs, config, state.mixture, state.position)
-
-
-def refuse_finished(state: TrainState, config: Config) -> None:
-    """ValueError if a branch would begin where it ends."""
-    end = config.run.until or config.schedule.horizon
-    if state.clock.tokens >= end:
-        raise ValueError(
-            f"start.from = {config.start.from_!r} has seen {state.clock.tokens:,} tokens and this run ends at {end:,}; "
-            'set a later schedule.horizon, or start.carry = "weights" for a new clock'
-        )
-
-
-def parent_of(origin: Origin) -> dict[str, Any]:
-    """What a run remembers of the checkpoint it began from."""
-    train = origin.description["train"]
-    return {
-        "checkpoint": f"{origin.location}/{origin.name}",
-        "hash": origin.hash,
-        "run": origin.description["config"].get("run", {}).get("name"),
-        "carry": origin.carry,
-        "tokens": train["clock"]["tokens"],
-        "flops": train["flops"],
-    }
 
 
 @contextmanager
@@ -241,7 +174,7 @@ def open_trainer(config: Config, config_text: str) -> Iterator[Trainer]:
             noticed: list[dict[str, Any]] = []
             store = CheckpointStore(location, on_event=noticed.append)
             stack.callback(store.close)
-            origin = find_origin(config, location, store, stack)
+            origin = find_origin(config, directory, location, store, stack)
         state, history, changed = agree(lambda: restore_state(config, inputs, origin))
         interruption.exit_if_asked()
 
@@ -342,11 +275,6 @@ def load(persistence: Persistence, origin: Origin) -> None:
         persistence.take_weights(origin.store, origin.name)
 
 
-def is_resume(origin: Origin | None) -> bool:
-    """Whether a launch goes on with its own run."""
-    return origin is not None and origin.carry == "own"
-
-
 def device_and_precision(config: Config, mesh: Mesh) -> tuple[str, str]:
     """The device's name and the precision it computes in, as run.json and the table of peaks know them."""
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
@@ -390,15 +318,6 @@ def describe(
     )
 
 
-def read_or_warn(read: Callable[[], T], default: T) -> T:
-    """What a log file says, or the default with a warning: a damaged log does not keep a run from going on."""
-    try:
-        return read()
-    except ValueError as error:
-        warnings.warn(f"{error}; what it said is lost, the run goes on", stacklevel=2)
-        return default
-
-
 def open_reporter(
     config: Config, mesh: Mesh, directory: RunDirectory, state: TrainState, *, resumed: bool, started: float
 ) -> Reporter:
@@ -414,8 +333,8 @@ def open_reporter(
     flops = flops_per_token(config.model, config.data.seq_len)
     reporter = Reporter(config, mesh, mine, writer, flops, peak(*device_and_precision(config, mesh)), started)
     reporter.restore(state.skipped, map(tuple, on_record[0]))
-    reporter.event("resume" if resumed else "run_start", state, processes=dist.get_world_size())
-    verb = f"resumes at {state.clock.tokens:,} tokens" if state.clock.tokens else "begins"
+    reporter.event("resume" if resumed else "run_start", state, mesh=asdict(mesh.layout))
+    verb = f"resumes at {state.clock.tokens:,} tokens" if resumed else f"begins at {state.clock.tokens:,} tokens"
     device, precision = device_and_precision(config, mesh)
     reporter.console.say(
         f"{config.run.name} {verb}: {count(config.model).total:,} parameters on {dist.get_world_size()} "

@@ -113,6 +113,8 @@ class EvaluationConfig(Section):
         names = [each.name for each in sets]
         if len(set(names)) != len(names):
             raise ValueError(f"evaluation sets need distinct names, got {names}")
+        if averaged := [name for name in names if name.endswith("-ema")]:
+            raise ValueError(f"{averaged}: names that end in -ema are those of the averaged weights' rows")
         return sets
 
 

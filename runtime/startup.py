@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -86,3 +87,12 @@ def agree(action: Callable[[], T]) -> T:
         return result
     everywhere = all(text is not None for text in messages) and len(found) == 1
     raise BadInput("\n".join(text if everywhere else f"rank {rank}: {text}" for text, rank in found.items()))
+
+
+def read_or_warn(read: Callable[[], T], default: T) -> T:
+    """What a log file says, or the default with a warning: a damaged log does not keep a run from going on."""
+    try:
+        return read()
+    except ValueError as error:
+        warnings.warn(f"{error}; what it said is lost, the run goes on", stacklevel=2)
+        return default

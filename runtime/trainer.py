@@ -94,6 +94,8 @@ class Trainer:
         if not (self.save(wait=True, retain=retain) or self.save(wait=True, retain=retain)):
             self.reporter.console.say(f"the last checkpoint, {checkpoint_name(self.state)}, could not be written")
             outcome = Outcome.UNSAVED
+        if outcome is Outcome.INTERRUPTED:
+            self.reporter.event("signal", self.state)
         self.reporter.event("run_end", self.state, outcome=str(outcome))
         return outcome
 

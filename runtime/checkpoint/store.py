@@ -246,8 +246,15 @@ class CheckpointStore:
 
         parts = self._ranks.gather(finish)
         files = {path: record for part in parts for path, record in part.items()}
+        self._ranks.broadcast(lambda: self._require_shared(name, files))
         self._ranks.broadcast(lambda: self._storage.publish(f"{name}/{MANIFEST}", manifest.encode(files)))
         return sum(record.size for record in files.values())
+
+    def _require_shared(self, name: str, files: Mapping[str, FileRecord]) -> None:
+        """OSError if the first rank does not see what another has written."""
+        for path, record in files.items():
+            if not self._storage.exists(f"{name}/{path}") or self._storage.size(f"{name}/{path}") != record.size:
+                raise OSError(f"the first rank does not see {path}: all ranks need the same storage")
 
     def _write_state(self, name: str, text: str) -> FileRecord:
         checksum = manifest.Checksum()

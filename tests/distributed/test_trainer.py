@@ -264,3 +264,18 @@ def test_runs_share_a_checkpoint_folder_without_taking_each_others(folder):
     first, second = (train(folder, name, checkpoint=checkpoint, run={"until": 4 * BATCH}) for name in ("one", "two"))
     assert column(first, "step") == column(second, "step") == [1, 2, 3, 4]
     assert sorted(path.name for path in (folder / "shared").iterdir()) == ["one", "two"]
+
+
+def test_a_run_never_begins_again_over_its_history(folder):
+    train(folder, "history", run={"until": 4 * BATCH})
+    with pytest.raises(BadInput, match="has saved checkpoints, but there are none"):
+        train(folder, "history", checkpoint={"dir": str(folder / "elsewhere")})
+    assert not (folder / "elsewhere").exists()
+
+
+def test_the_same_mixture_written_otherwise_is_the_same(folder):
+    paths = [str(folder / "data" / name) for name in ("train", "other")]
+    sources = [[{"path": paths[0], "weight": 3}, {"path": paths[1], "weight": 1}], [{"path": paths[1], "weight": 0.25}]]
+    sources[1].append({"path": paths[0], "weight": 0.75})
+    train(folder, "mixed", run={"until": 4 * BATCH}, data={"sources": sources[0]})
+    assert len(train(folder, "mixed", data={"sources": sources[1]})) == 12
