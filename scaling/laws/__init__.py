@@ -1,0 +1,12 @@
+"""The laws by name."""
+
+from scaling.laws.law import Law
+
+LAWS: dict[str, Law] = {law.name: law for law in ()}
+
+
+def find(name: str) -> Law:
+    """The law of this name; ValueError naming those there are."""
+    if name not in LAWS:
+        raise ValueError(f"law {name!r} is not known; accepted: {', '.join(sorted(LAWS))}")
+    return LAWS[name]
