@@ -14,7 +14,7 @@ class Column:
     meaning: str
     kind: Literal["number", "text"] = "number"
     aliases: tuple[str, ...] = ()
-    """Other names that a foreign table may have for it, as `normalised` writes them; the first that is there is taken."""
+    """Other names that a foreign table may have for it, as `normalised` writes them; the first found is taken."""
 
 
 COLUMNS = (

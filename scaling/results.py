@@ -1,4 +1,4 @@
-"""What an analysis comes to. Plain numbers and texts: the terminal, the report, laws.json and the planner read these."""
+"""What an analysis comes to: plain numbers and texts, for the terminal, the report, laws.json and the planner."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -119,7 +119,7 @@ class Decision:
     """N, D, lr, batch_tokens, loss: those that the fits can tell."""
     plateau: Mapping[str, Plateau]
     regret: float
-    """Expected excess of the loss over the best, as a share of it, that not knowing the optimum costs; NaN if unknown."""
+    """Expected excess of the loss over the best, as a share of it, for not knowing the optimum; NaN if unknown."""
     extrapolation: float
     """Compute of the target over the largest compute of the rows."""
     verdicts: tuple[Verdict, ...] = ()
