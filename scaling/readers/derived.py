@@ -43,7 +43,7 @@ def resolve_batch(found: Mapped, where: str) -> None:
 
 
 def _sequence_length(frame: pd.DataFrame, batch: np.ndarray) -> float | None:
-    """tokens / (steps x batch) where it is one whole number for nearly all rows, to a thousandth; else None."""
+    """tokens / (steps x batch) where it is one whole number for nearly all rows, to half a percent; else None."""
     if "tokens" not in frame or "steps" not in frame:
         return None
     with np.errstate(all="ignore"):
@@ -52,7 +52,7 @@ def _sequence_length(frame: pd.DataFrame, batch: np.ndarray) -> float | None:
     if not np.isfinite(middle) or middle < 0.95:
         return None
     whole, known = round(middle), np.isfinite(ratio)
-    is_equal = np.mean(np.abs(ratio[known] / whole - 1) < (0.05 if whole == 1 else 1e-3)) >= 0.95
+    is_equal = np.mean(np.abs(ratio[known] / whole - 1) < (0.05 if whole == 1 else 5e-3)) >= 0.95
     return float(whole) if is_equal else None
 
 
