@@ -63,7 +63,10 @@ def make(root: Path, runs: int, rows: int, is_held_out: bool, is_resumed: bool) 
         size += (folder / "metrics.jsonl").write_text(text)
         (folder / "run.json").write_text(json.dumps(identity(run, rows), indent=2))
         kinds = ["run_start", *(["resume"] if is_resumed else []), "run_end"]
-        events = [{"event": kind, "tokens": rows * BATCH * SEQ_LEN * (kind == "run_end"), "outcome": "finished"} for kind in kinds]
+        events = [
+            {"event": kind, "tokens": rows * BATCH * SEQ_LEN * (kind == "run_end"), "outcome": "finished"}
+            for kind in kinds
+        ]
         (folder / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))
         if is_held_out:
             row = {"tokens": rows * BATCH * SEQ_LEN, "segment": 0, "set": "heldout", "loss": 2.9 + run / runs}

@@ -73,7 +73,9 @@ def _texts(table: RunTable, name: str, empty: str) -> np.ndarray:
     """A column as texts, (rows,), `empty` where unknown."""
     if name not in table.frame:
         return np.full(len(table), empty, dtype=object).astype(str)
-    return np.array([empty if value is None or value != value else str(value) for value in table.frame[name]], dtype=str)
+    return np.array(
+        [empty if value is None or value != value else str(value) for value in table.frame[name]], dtype=str
+    )
 
 
 def _keep_largest_pool(table: RunTable, keys: list[str], kept: np.ndarray, leave_out) -> None:
@@ -99,7 +101,9 @@ def _mixed(table: RunTable, kept: np.ndarray, pool: Sequence[str]) -> list[Verdi
     for name in pool:
         values = set(_texts(table, name, "unknown")[kept])
         if len(values) > 1:
-            found.append(Verdict("warning", "mixed", f"runs of {len(values)} different {name} are pooled, as asked for"))
+            found.append(
+                Verdict("warning", "mixed", f"runs of {len(values)} different {name} are pooled, as asked for")
+            )
     return found
 
 

@@ -91,7 +91,10 @@ def complete(frame: pd.DataFrame, mapping: dict[str, str]) -> pd.DataFrame:
         fill("flops", known("flops_per_token") * known("tokens"), "flops_per_token * tokens")
         fill("flops", 6 * _size(frame, ("active", "total", "non_embedding")) * known("tokens"), "6 N D")
         for name in frame.columns:
-            if normalised(str(name)) in ("epochs", "numepochs", "nepochs", "repeats") and numbers(frame[name]) is not None:
+            if (
+                normalised(str(name)) in ("epochs", "numepochs", "nepochs", "repeats")
+                and numbers(frame[name]) is not None
+            ):
                 fill("unique_tokens", known("tokens") / np.maximum(numbers(frame[name]), 1), f"tokens / {name}")
     if any(labels.values()):
         before = frame["labels"] if "labels" in frame else pd.Series(None, index=frame.index, dtype=object)
@@ -113,7 +116,9 @@ def unknown(frame: pd.DataFrame) -> list[str]:
 
     notes = []
     if has("batch_sequences") and not has("batch_tokens"):
-        notes.append("batch_tokens stays unknown: the batch is in sequences, of unknown length; give constants seq_len=...")
+        notes.append(
+            "batch_tokens stays unknown: the batch is in sequences, of unknown length; give constants seq_len=..."
+        )
     if not has("tokens"):
         notes.append("tokens stays unknown; name its column, or give constants tokens=...")
     if not any(map(has, SIZES)):

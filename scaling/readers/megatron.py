@@ -10,10 +10,13 @@ from scaling.columns import DIVERGED, FINISHED
 from scaling.readers.histories import History, Series
 
 _ITERATION = re.compile(r"(?<!at )\biteration\s+(\d+)\s*/\s*(\d+)\s*\|(.*)")
-_FIELD = re.compile(r"([A-Za-z][A-Za-z0-9_ ()/.\-]*?)\s*:\s*([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))\s*(?=\||$)", re.I)
+_FIELD = re.compile(
+    r"([A-Za-z][A-Za-z0-9_ ()/.\-]*?)\s*:\s*([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))\s*(?=\||$)", re.I
+)
 _ARGUMENT = re.compile(r"(?:^|\s)([a-z][a-z0-9_]*) \.{3,} (.*?)\s*$")
 _VALIDATION = re.compile(
-    r"validation loss at (?:iteration (\d+)|the end of training)(.*?)\|\s*lm loss value:\s*([-+]?[\d.]+(?:E[-+]?\d+)?|nan)", re.I
+    r"validation loss at (?:iteration (\d+)|the end of training)(.*?)\|\s*lm loss value:\s*([-+]?[\d.]+(?:E[-+]?\d+)?|nan)",
+    re.I,
 )
 _PARAMETERS = re.compile(r"number of parameters on \(tensor, pipeline\) model parallel rank \((\d+), (\d+)\):\s*(\d+)")
 _END = re.compile(r"\[after training is done\]|\[after training ends\]|training \.\.\. done", re.I)

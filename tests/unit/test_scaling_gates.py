@@ -30,7 +30,9 @@ def test_runs_that_did_not_finish_are_left_out_and_counted(status):
     assert codes(verdicts)[status].message.startswith("3 ")
 
 
-@pytest.mark.parametrize(("loss", "code"), [(np.nan, "no-loss"), (np.inf, "no-loss"), (0.0, "non-positive"), (-1.0, "non-positive")])
+@pytest.mark.parametrize(
+    ("loss", "code"), [(np.nan, "no-loss"), (np.inf, "no-loss"), (0.0, "non-positive"), (-1.0, "non-positive")]
+)
 def test_a_loss_that_is_no_cross_entropy_is_left_out(loss, code):
     kept, verdicts = select(table(loss=[2.0] * 10 + [loss, 2.0]))
     assert kept.sum() == 11 and not kept[10] and code in codes(verdicts)
