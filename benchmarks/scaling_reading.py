@@ -87,7 +87,7 @@ def line(step: int, loss: float) -> str:
 def identity(run: int, rows: int) -> dict:
     return {
         "id": f"{run:032x}", "name": f"run-{run:04d}", "seed": 0,
-        "data": {"seq_len": SEQ_LEN, "sources": [{"path": "data/train", "fingerprint": "a", "tokens": 10**12, "weight": 1.0}]},
+        "data": {"seq_len": SEQ_LEN, "sources": [{"path": "x", "fingerprint": "a", "tokens": 10**12, "weight": 1.0}]},
         "tokenizer": {"fingerprint": "b", "vocab_size": 512},
         "optimizer": {"name": "adamw", "lr": 0.004, "betas": [0.9, 0.95], "weight_decay": 0.1},
         "schedule": {"kind": "wsd", "peak_lr": 0.004, "final_lr": 0.0, "horizon_tokens": rows * BATCH * SEQ_LEN},

@@ -24,11 +24,11 @@ SHOWN = 6
 def select(
     table: RunTable, *, loss_kind: str | None = None, pool: Sequence[str] = ()
 ) -> tuple[np.ndarray, tuple[Verdict, ...]]:
-    """The rows that may be fitted together, (rows,) of bool, and verdicts with counts on what was left out or looks odd.
+    """The rows that may be fitted together, (rows,) of bool, and verdicts with counts on what was left out or is odd.
 
-    Left out are runs that did not finish, duplicates, losses that are not finite and positive, and runs that differ from
-    the largest group in tokenizer, data or loss kind; `pool` names those of the three that may differ. `loss_kind` takes
-    the runs with this kind of loss alone. ValueError for a name or a kind that is not there.
+    Left out are runs that did not finish, duplicates, losses that are not finite and positive, and runs that differ
+    from the largest group in tokenizer, data or loss kind; `pool` names those of the three that may differ. `loss_kind`
+    takes the runs with this kind of loss alone. ValueError for a name or a kind that is not there.
     """
     for name in pool:
         if name not in POOLED:
@@ -91,7 +91,7 @@ def _keep_largest_pool(table: RunTable, keys: list[str], kept: np.ndarray, leave
     others = np.array([group != largest for group in groups])
     leave_out(
         others, "pool",
-        f"runs left out: {len(counts)} groups differ in {' and '.join(differing)}, and the largest, {size} runs, is kept "
+        f"runs left out: {len(counts)} groups differ in {' and '.join(differing)}; the largest, {size} runs, is kept "
         f"({told}); pool={','.join(differing)} fits them together",
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def _cut(table: RunTable, kept: np.ndarray) -> list[Verdict]:
         cut = kept & decays & (table.numbers("final_lr") / table.numbers("lr") > UNDECAYED)
     if not cut.any():
         return []
-    text = f"{int(cut.sum())} runs ended above {UNDECAYED:.0%} of their peak rate: their losses are not those after a decay"
+    text = f"{int(cut.sum())} runs ended above {UNDECAYED:.0%} of their peak rate: theirs are no losses after a decay"
     return [Verdict("warning", "mid-decay", text)]
 
 
