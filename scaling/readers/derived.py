@@ -10,8 +10,8 @@ from scaling.readers.mapping import RATIOS, SIZES, Mapped, numbers, typical
 
 SURELY_TOKENS = 32_768
 """A typical batch above this is one of tokens: so many sequences are in no batch."""
-APPROXIMATE = {"tokens": "C / (6 N)", "flops": "6 N D", "total": "C / (6 D)"}
-"""Rules of thumb, which forget attention, embedding and head: their rows are labelled."""
+APPROXIMATE = {"tokens": "C / (6 N)", "total": "C / (6 D)"}
+"""Rules of thumb that a fit then rests on: their rows are labelled. They forget attention, embedding and head."""
 
 
 def resolve_batch(found: Mapped, where: str) -> None:
