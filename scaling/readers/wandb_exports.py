@@ -14,7 +14,7 @@ from scaling.readers.mapping import numbers
 
 AXES = ("_step", "step", "global_step", "trainer/global_step", "train/global_step", "iteration", "tokens")
 RUN_NAMES = ("run", "runid", "runname", "name", "id", "expname", "experiment", "displayname")
-_WIDE = re.compile(r"^(?P<run>.+?) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
+_WIDE = re.compile(r"^(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
 
 
 def is_wide(names: list[str]) -> bool:

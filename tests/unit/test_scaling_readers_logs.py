@@ -17,7 +17,7 @@ def losses(steps=STEPS, end=2.5, seed=0):
     return end + 4 * (steps**-0.5 - steps[-1] ** -0.5) + 0.03 * np.random.default_rng(seed).normal(size=len(steps))
 
 
-def record(step, wall_time=1.0, tensor=False, text=None, **scalars):
+def record(step, wall_time=1.0, /, *, tensor=False, text=None, **scalars):
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.util.tensor_util import make_tensor_proto
 
@@ -144,10 +144,10 @@ def megatron(first, last, *, total=STEPS, loss=None, nans=0):
     for k, value in enumerate(losses(), start=1):
         if first <= k <= last:
             lines.append(
-                f"[default0]: [2026-01-01 00:00:00] iteration {k:8d}/{total:8d} | consumed samples: {k * 64:12d} | elapsed time "
-                f"per iteration (ms): 100.0 | learning rate: {1e-3 if k < 600 else 1e-5:.3E} | global batch size:    64 | "
-                f"lm loss: {value if loss is None else loss:.6E} | loss scale: 1.0 | grad norm: 0.5 | number of skipped "
-                f"iterations:   0 | number of nan iterations:   {nans} |\n"
+                f"[default0]: [2026-01-01 00:00:00] iteration {k:8d}/{total:8d} | consumed samples: {k * 64:12d} | "
+                f"elapsed time per iteration (ms): 100.0 | learning rate: {1e-3 if k < 600 else 1e-5:.3E} | "
+                f"global batch size:    64 | lm loss: {value if loss is None else loss:.6E} | loss scale: 1.0 | "
+                f"grad norm: 0.5 | number of skipped iterations:   0 | number of nan iterations:   {nans} |\n"
             )
     return "".join(lines)
 

@@ -35,7 +35,8 @@ TABLES = [
     ),
     (
         "scalebench/lr_bsz_train.parquet", {}, {"seq_len": 2048}, 2702,
-        {"loss": "lm_loss", "non_embedding": "non_embedding_param_size", "tokens": "data_size", "batch_sequences": "bsz"},
+        {"loss": "lm_loss", "non_embedding": "non_embedding_param_size", "tokens": "data_size",
+         "batch_sequences": "bsz"},
     ),
     ("scalebench/farseer_train.parquet", {}, {}, 404, {"loss": "loss", "non_embedding": "N", "tokens": "D"}),
     (
