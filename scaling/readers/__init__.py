@@ -71,7 +71,8 @@ def _run_directories(sources: list[Source], columns: Mapping[str, str], digests:
     else:
         notes = []
     frame = pd.DataFrame(rows)
-    mapping = {name: "run directory" for name in frame if name in NAMES and frame[name].notna().any()}
+    known = [name for name in frame if name in NAMES and frame[name].notna().any()]
+    mapping = {name: run_directory.ORIGINS.get(name, "run.json") for name in known}
     return Mapped(frame, mapping, notes)
 
 
@@ -101,7 +102,7 @@ def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> 
         digests.append(digest)
         if wandb_exports.is_wide(list(frame.columns)):
             yield from (histories.row(each, columns) for each in wandb_exports.wide(frame, path))
-        elif histories.is_logged(list(frame.columns)):
+        elif wandb_exports.is_long(frame):
             yield from (histories.row(each, columns) for each in wandb_exports.long(frame, path))
         else:
             yield tables.rows(frame, path, columns)

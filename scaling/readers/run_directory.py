@@ -19,6 +19,16 @@ RECENT = 600.0
 """Seconds since its last row within which a run without an end is still running."""
 TRAINING = "train"
 """What the loss is called where the smoothed training loss is asked for although there are held-out sets."""
+ORIGINS = {
+    "run": "run.json: name", "source": "its folder", "status": "events.jsonl", "labels": "noticed",
+    "loss": "evaluations.jsonl at the end, else a smooth of metrics.jsonl", "loss_error": "AR(1) of the smooth",
+    "loss_kind": "which of these", "tokens": "metrics.jsonl, last", "steps": "metrics.jsonl, last",
+    "flops": "metrics.jsonl, last", "batch_tokens": "metrics.jsonl, last", "final_lr": "metrics.jsonl, last",
+    "lr": "run.json: schedule.peak_lr", "data": "run.json: contents and proportions of the sources",
+    "total": "run.json: counts of the last segment", "non_embedding": "run.json: counts of the last segment",
+    "active": "run.json: counts of the last segment", "unique_tokens": "run.json: sizes and proportions of the sources",
+}  # fmt: skip
+"""Where columns come from that are not simply in run.json."""
 ENDS = {"finished": FINISHED, "diverged": DIVERGED}
 """Outcomes of a launch; all others are of a run that was stopped."""
 
