@@ -13,7 +13,7 @@ import numpy as np
 from scaling.columns import DIVERGED, FINISHED, KILLED, RUNNING
 from scaling.curves import final_loss
 from scaling.readers.histories import AT_END
-from scaling.readers.rows import Row, Tail, changed_at, read_all, read_tail, rewritten, scan
+from scaling.readers.rows import Row, Tail, changed_at, number, read_all, read_tail, rewritten, scan
 
 RECENT = 600.0
 """Seconds since its last row within which a run without an end is still running."""
@@ -241,7 +241,7 @@ def _losses(evaluations: list[Row], end: float, identity: Row) -> dict[str, floa
             continue
         if end * (1 - AT_END) <= tokens <= end or not np.isfinite(end):
             last.pop(name, None)
-            last[name] = float(row.get("loss", float("nan")))
+            last[name] = number(row.get("loss"))
     configured = [each.get("name") for each in identity.get("data", {}).get("evaluation_sets", [])]
     places = {name: k for k, name in enumerate(configured)}
     names = sorted(last, key=lambda name: (name not in places, places.get(name, 0), name.endswith("-ema")))
@@ -271,7 +271,7 @@ def _parent(identity: Row, labels: list[str]) -> Row:
     if not isinstance(parent, dict):
         return {}
     name, tokens, carry = parent.get("run") or parent.get("checkpoint"), parent.get("tokens"), parent.get("carry")
-    if carry == "all":
+    if carry == "all" and "branch_tokens" not in identity.get("schedule", {}):
         labels.append("goes on with its parent's clock, so its tokens are both runs'")
     return {"parent": name, "parent_tokens": tokens}
 

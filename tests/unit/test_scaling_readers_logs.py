@@ -76,6 +76,11 @@ def test_garbage_in_an_event_file_is_labelled(tmp_path):
     assert "damaged after 1 events" in read([tmp_path / "a"]).frame["labels"][0]
 
 
+def test_an_empty_event_file_is_a_labelled_row(tmp_path):
+    events(tmp_path / "a", "1", [])
+    assert "no loss" in read([tmp_path / "a"]).frame["labels"][0]
+
+
 def test_our_own_event_files_have_tokens_on_their_axis(tmp_path):
     rows = [record(k * 1024, loss=float(value), step=k, sequences=k, segment=0, batch_tokens=1024)
             for k, value in enumerate(losses(), start=1)]  # fmt: skip
