@@ -1,4 +1,4 @@
-"""What fitting a law costs: Chinchilla's approach 3 on 240 rows with 4,000 bootstrap replicates, beside how peers do it.
+"""What fitting a law costs: Chinchilla's approach 3 on 240 rows with 4,000 bootstrap replicates, and how peers do it.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling_fitting.py
     OMP_NUM_THREADS=1 python benchmarks/scaling_fitting.py --grid 100 --table svg_extracted_data.csv --packages PYTHON
@@ -37,7 +37,7 @@ from scipy.special import logsumexp
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scaling.fitting import Huber, fit
+from scaling.fitting import fit
 from scaling.fitting.objective import huber
 from scaling.laws import find
 
@@ -53,11 +53,13 @@ from chinchilla._metrics import log_huber
 folder, delta, grid = sys.argv[1], float(sys.argv[2]), json.loads(sys.argv[3])
 cc = Chinchilla(folder, param_grid=grid, loss_fn=lambda y, p: log_huber(y, p, delta), log_level=50)
 cc.visualizer.optim = lambda *args, **kwargs: None
-begun = time.perf_counter()
+def used():
+    every = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in every)
+before, begun = used(), time.perf_counter()
 cc.fit()
-used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 values = {name: float(getattr(cc, name)) for name in ("E", "A", "B", "alpha", "beta")}
-seconds = {"wall": time.perf_counter() - begun, "processor": sum(u.ru_utime + u.ru_stime for u in used)}
+seconds = {"wall": time.perf_counter() - begun, "processor": used() - before}
 print(json.dumps({"values": values, **seconds}))
 """
 
