@@ -1,8 +1,30 @@
 """The laws by name."""
 
+from scaling.laws.data_constrained import DataConstrained
+from scaling.laws.farseer import Farseer
+from scaling.laws.growth_timing import GrowthTiming
+from scaling.laws.joint import Joint
 from scaling.laws.law import Law
+from scaling.laws.over_training import OverTraining
+from scaling.laws.parscale import ParScale, ParScaleTokens
+from scaling.laws.recurrence import Recurrence
+from scaling.laws.reuse import Reuse, ReuseSizes
 
-LAWS: dict[str, Law] = {law.name: law for law in ()}
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        OverTraining(),
+        DataConstrained(),
+        Farseer(),
+        ParScale(),
+        ParScaleTokens(),
+        Recurrence(),
+        Reuse(),
+        ReuseSizes(),
+        Joint(),
+        GrowthTiming(),
+    )
+}
 
 
 def find(name: str) -> Law:
