@@ -1,9 +1,11 @@
 """The laws by name."""
 
+from scaling.laws.chinchilla import Chinchilla, ChinchillaTied
 from scaling.laws.data_constrained import DataConstrained
 from scaling.laws.farseer import Farseer
 from scaling.laws.growth_timing import GrowthTiming
 from scaling.laws.joint import Joint
+from scaling.laws.kaplan import Kaplan
 from scaling.laws.law import Law
 from scaling.laws.over_training import OverTraining
 from scaling.laws.parscale import ParScale, ParScaleTokens
@@ -13,6 +15,9 @@ from scaling.laws.reuse import Reuse, ReuseSizes
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
+        Chinchilla(),
+        ChinchillaTied(),
+        Kaplan(),
         OverTraining(),
         DataConstrained(),
         Farseer(),
