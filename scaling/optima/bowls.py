@@ -37,8 +37,9 @@ class Quadratic:
     level: float
     freedom: int
     """Runs less coefficients."""
-    runs: int
-    outliers: int
+    used: np.ndarray
+    """Which runs it went through, (n,) of bool."""
+    outliers: int = 0
 
     @property
     def convex(self) -> bool:
@@ -81,7 +82,9 @@ def _convex(
     """The bowl by a quadratic over the `fitted` settings, other varied ones at their best run's; None if not convex."""
     others = [name for name in varied if name not in fitted]
     best = int(np.argmin(cell.loss))
-    slice_ = np.all([levels(axes[name]) == levels(axes[name])[best] for name in others], axis=0) | np.zeros(len(cell), bool)
+    slice_ = np.all([levels(axes[name]) == levels(axes[name])[best] for name in others], axis=0) | np.zeros(
+        len(cell), bool
+    )
     if others and len(set(levels(axes[others[0]]))) >= 3 and len(fitted) == 1:
         return None  # a plane that has no bowl in it is told by its best run, not by one line of it
     z = np.log(np.column_stack([axes[name] for name in fitted]))[slice_]
@@ -149,9 +152,7 @@ def _checked(
     return replace(found, note="; ".join(notes))
 
 
-def _of_grid(
-    cell: Cell, axes: dict[str, np.ndarray], names: list[str]
-) -> tuple[dict[str, Estimate], dict[str, Side]]:
+def _of_grid(cell: Cell, axes: dict[str, np.ndarray], names: list[str]) -> tuple[dict[str, Estimate], dict[str, Side]]:
     """Of each setting the best run's value, between its neighbours on the grid; without a standard error."""
     estimates, censored = {}, {}
     best = int(np.argmin(cell.loss))
@@ -190,7 +191,7 @@ def quadratic_bowl(z: np.ndarray, y: np.ndarray, window: float) -> Quadratic | N
         share = np.abs(residuals) / (1.4826 * np.median(np.abs(residuals - np.median(residuals))) + 1e-9)
         worst = int(np.argmax(share))
         if share[worst] <= OUTLIER or used.sum() <= LEAST_RUNS[d]:
-            return replace(found, outliers=outliers)
+            return replace(found, used=used, outliers=outliers)
         kept[np.flatnonzero(used)[worst]] = False
         outliers += 1
 
@@ -228,5 +229,4 @@ def _least_squares(z: np.ndarray, y: np.ndarray) -> tuple[Quadratic | None, np.n
     errors = np.sqrt(variance * ((by @ inverse) ** 2).sum(axis=1))
     level = coefficients[0] + 0.5 * gradient @ vertex
     leverage = np.minimum((q**2).sum(axis=1), 1 - 1e-6)
-    return Quadratic(centre + vertex, errors, h, float(level), freedom, n, 0), residuals / (1 - leverage)
-
+    return Quadratic(centre + vertex, errors, h, float(level), freedom, np.ones(n, dtype=bool)), residuals / (1 - leverage)
