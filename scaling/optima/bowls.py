@@ -229,4 +229,6 @@ def _least_squares(z: np.ndarray, y: np.ndarray) -> tuple[Quadratic | None, np.n
     errors = np.sqrt(variance * ((by @ inverse) ** 2).sum(axis=1))
     level = coefficients[0] + 0.5 * gradient @ vertex
     leverage = np.minimum((q**2).sum(axis=1), 1 - 1e-6)
-    return Quadratic(centre + vertex, errors, h, float(level), freedom, np.ones(n, dtype=bool)), residuals / (1 - leverage)
+    return Quadratic(centre + vertex, errors, h, float(level), freedom, np.ones(n, dtype=bool)), residuals / (
+        1 - leverage
+    )

@@ -38,17 +38,21 @@ def fit_optima(
     """A law of lr or batch_tokens fitted to the runs of a table, or (by vertices) to bowls that were found before.
 
     `method`: "vertices" is Tobit regression of the cells' optima, "pooled" Step Law's regression of all runs within
-    0.25 % of their cell's lowest loss, "surface" the laws of lr and batch at once in one surface (`partner` is the other
-    one, by default Step Law's). Draws are of a bootstrap of cells. A law that has the batch among its inputs is fitted
+    0.25 % of their cell's lowest loss, "surface" the laws of lr and batch at once in one surface (`partner` is the
+    other one, by default Step Law's). Draws are of a bootstrap of cells. A law that has the batch among its inputs is fitted
     to the best rate at each batch. With `checks` a table is fitted by the other methods and windows too, and where they
     leave the interval there is a warning. ValueError if the law is none of lr or batch_tokens, if a column that it
     needs is unknown, or where no cell tells an optimum.
     """
     law = find(law) if isinstance(law, str) else law
     if not isinstance(law, PowerLaw) or law.quantity not in ("lr", "batch_tokens"):
-        raise ValueError(f"law {law.name!r} is of {law.quantity}; accepted is a product of powers for lr or batch_tokens")
+        raise ValueError(
+            f"law {law.name!r} is of {law.quantity}; accepted is a product of powers for lr or batch_tokens"
+        )
     if method not in get_args(Method) or (method != "vertices" and not isinstance(source, RunTable)):
-        raise ValueError(f"method {method!r}: accepted is one of {', '.join(get_args(Method))}; bowls alone need vertices")
+        raise ValueError(
+            f"method {method!r}: accepted is one of {', '.join(get_args(Method))}; bowls alone need vertices"
+        )
     at_batch = bool({"B", "batch_tokens"} & set(law.inputs))
     if isinstance(source, RunTable):
         grid = cells(source, size, at_batch=at_batch)

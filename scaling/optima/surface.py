@@ -104,7 +104,9 @@ def _patches(cells: Sequence[Cell], lr: PowerLaw, batch: PowerLaw, size: str, wi
         own = quadratic_bowl(z, y, window)
         if own is None or not own.convex:
             continue
-        (first, first_offset), (second, second_offset) = (law.design(inputs(law, [cell.values], size)) for law in (lr, batch))
+        (first, first_offset), (second, second_offset) = (
+            law.design(inputs(law, [cell.values], size)) for law in (lr, batch)
+        )
         rows = np.zeros((2, first.shape[1] + second.shape[1]))
         rows[0, : first.shape[1]], rows[1, first.shape[1] :] = first[0], second[0]
         offset = np.array([first_offset[0], second_offset[0]])
