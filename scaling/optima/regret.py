@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from scipy.interpolate import LinearNDInterpolator
+from scipy.spatial import Delaunay
 
 from scaling.optima.cells import Cell, levels
 
@@ -33,9 +33,20 @@ def regret(cell: Cell, lr: float, batch_tokens: float, how: How = "nearest") -> 
     if how != "linear":
         raise ValueError(f"how {how!r}: accepted is nearest or linear")
     if len(axes) == 2:
-        return float(LinearNDInterpolator(z, excess)(asked)[0])
+        return _interpolated(z, excess, asked)
     order = np.argsort(z[:, 0])
     return float(np.interp(asked[0], z[order, 0], excess[order], left=np.nan, right=np.nan))
+
+
+def _interpolated(z: np.ndarray, values: np.ndarray, asked: np.ndarray) -> float:
+    """Linear within the triangle of runs around a point; NaN outside of their hull."""
+    triangles = Delaunay(z)
+    number = int(triangles.find_simplex(asked))
+    if number < 0:
+        return float("nan")
+    corners = triangles.simplices[number]
+    weights = np.linalg.solve(np.vstack([z[corners].T, np.ones(3)]), np.r_[asked, 1.0])
+    return float(weights @ values[corners])
 
 
 def expected_regret(off: np.ndarray, curvature: np.ndarray) -> float:
