@@ -59,7 +59,7 @@ def bowl(cell: Cell, window: float = WINDOW, skew: bool = True) -> Bowl:
 def _convex(
     cell: Cell, axes: dict[str, np.ndarray], fitted: list[str], varied: list[str], told: Bowl, window: float, skew: bool
 ) -> Bowl | None:
-    """The bowl by a polynomial over the `fitted` settings, other varied ones at their best run's; None if not convex."""
+    """The bowl over the `fitted` settings, with other varied ones at their best run's; None if not convex."""
     others = [name for name in varied if name not in fitted]
     best = int(np.argmin(cell.loss))
     line = np.ones(len(cell), dtype=bool)

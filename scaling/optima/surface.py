@@ -2,8 +2,8 @@
 
 The two laws are fitted to the losses themselves by Gauss-Newton, with the levels and curvatures, in which the surface
 is linear, projected out of each cell (variable projection; Kaufman 1975). Cells whose optimum is behind an edge count
-by their slope. Each cell has its own curvature, and cubic terms where it has runs enough, or with `shared` all have one:
-bowls are steeper towards high rates, so that the exponents of a shared one move with the window.
+by their slope. Each cell has its own curvature, and cubic terms where it has runs enough, or with `shared` all have
+one: bowls are steeper towards high rates, so that the exponents of a shared one move with the window.
 """
 
 from collections.abc import Sequence
