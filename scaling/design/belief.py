@@ -1,46 +1,29 @@
 """From runs to a belief about their optima.
 
 Every measured cell has a bowl (`scaling.design.bowl`) of its own level; its optimum and its curvatures deviate from
-shared laws by normal amounts, whose spreads are estimated. The posterior is the Laplace approximation at the mode,
-found by Levenberg-Marquardt; noise, spreads and the weights of outliers are updated between its steps (EM).
+shared laws (`scaling.design.prior`). The posterior is the Laplace approximation at the mode, found by damped
+Gauss-Newton steps; noise, spreads of the deviations and weights of outliers are updated between the steps (EM).
 
 A run far up its bowl tells little: the form is only nearly right there. So the standard deviation of a run of excess f
 is noise * sqrt(1 + (f / FAR)^2), and no window has to be chosen. Residuals are Student's t, against outliers.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
-from scaling.design.bowl import LOCAL, SHARED, evaluate
-from scaling.design.posterior import FAR, Belief, spread_out
+from scaling.design.bowl import LOCAL, SHARED, Points, evaluate
+from scaling.design.posterior import FAR, Belief, columns
+from scaling.design.prior import NOISE, PRIOR, SPREADS, correlation, prior_precision
 from scaling.design.runs import Runs, cells_of, read
 from scaling.table import RunTable
 
 FREEDOM = 5.0
 """Of Student's t."""
-PRIOR = {
-    "c": (np.nan, np.log(10)),  # around the rates that were tried
-    "a": (-0.35, 0.5),  # Porian et al. 2024: lr* ~ N^-.36 on the compute-optimal line; Bjorck et al. 2024: -.23
-    "b": (0.0, 0.5),  # Bjorck et al. at fixed B: -.32; DeepSeek LLM: C^-.125; Step Law has +.31
-    "c_B": (np.nan, np.log(10)),  # around the batches that were tried
-    "a_B": (0.0, 0.3),  # Bergsma et al. 2025 (Power Lines): B* follows D and not N
-    "b_B": (
-        0.6,
-        0.3,
-    ),  # the same; DeepSeek LLM: C^.327, so D^.65 on the compute-optimal line; Porian et al.: N^.70 there
-    "ln_h_p": (np.log(0.02), np.log(3)),  # a factor of 2 in lr costs half a percent, within a factor of 3
-    "ln_h_q": (np.log(0.01), np.log(3)),
-    "r": (0.5, 0.5),  # the square-root rule of Adam (Malladi et al. 2022)
-    "k_p": (1.0, 0.5),  # noise of the weights costs in proportion to the rate: exp(u)
-    "k_q": (0.0, 0.5),
-}
-"""Mean and standard deviation of the shared parameters, from other grids than those that the tests use."""
-SPREADS = {"level": (1.0, None), "lr": (0.1, 4.0), "B": (0.1, 4.0), "ln_h_p": (0.3, 4.0), "ln_h_q": (0.3, 4.0)}
-"""Of a cell's deviations: expected standard deviation, and how many cells that expectation counts for (None: fixed)."""
-NOISE = (2e-3, 4.0)
-"""Of ln loss near the optimum: expected standard deviation, and how many runs that expectation counts for."""
+STEPS = 60
+SETTLED = 0.03
+"""A step that moves no parameter by this share of its standard deviation is the last."""
 
 
 def belief(table: RunTable | pd.DataFrame, size: str) -> Belief:
@@ -51,39 +34,47 @@ def belief(table: RunTable | pd.DataFrame, size: str) -> Belief:
     return learn(read(table, size), size)
 
 
-def learn(runs: Runs, size: str, *, start: Belief | None = None, steps: int = 60, tolerance: float = 1e-4) -> Belief:
+def learn(runs: Runs, size: str, *, start: Belief | None = None) -> Belief:
     """The posterior after the measured runs; `start` is an earlier belief to begin from, which saves steps only."""
     kept = runs.where(runs.measured)
     if not len(kept):
         raise ValueError("no finished run has a loss")
     N, D, cell = cells_of(kept.N, kept.D)
-    y = np.log(kept.loss)
-    centre = (float(np.log(N).mean()), float(np.log(D).mean()))
-    lowest = np.full(len(N), np.inf)
-    np.minimum.at(lowest, cell, y)
-    state = _beginning(kept, N, D, centre, lowest, size)
-    if start is not None:
-        state = _resumed(state, start)
-    prior = _beginning(kept, N, D, centre, lowest, size).mean
-    prior[len(SHARED) :: len(LOCAL)] = lowest
+    order = np.argsort(cell, kind="stable")
+    kept, cell = kept.where(order), cell[order]
+    data = Data(np.log(kept.loss), cell, np.flatnonzero(np.diff(cell, prepend=-1)))
+    before = _beginning(kept, N, D, size, data)
+    state = before if start is None else _resumed(before, start)
+    points = state.points(kept)
     damping = 1e-3
-    for _ in range(steps):
-        before = state.mean
-        state, damping = _step(state, prior, y, cell, damping)
-        scale = np.sqrt(np.diag(state.covariance))
-        if damping < 1e3 and np.abs((state.mean - before) / scale).max() < np.sqrt(tolerance):
+    for _ in range(STEPS):
+        last = state.mean
+        state, damping = _step(state, before.mean, points, data, damping)
+        if np.all(np.abs(state.mean - last) < SETTLED * np.sqrt(np.diag(state.covariance))):
             break
     return replace(state, runs=runs)
 
 
-def _beginning(runs: Runs, N: np.ndarray, D: np.ndarray, centre, lowest: np.ndarray, size: str) -> Belief:
+@dataclass(frozen=True)
+class Data:
+    """Measured runs, sorted by cell."""
+
+    y: np.ndarray
+    """ln loss, (n,)."""
+    cell: np.ndarray
+    starts: np.ndarray
+    """The first run of each cell, (m,)."""
+
+
+def _beginning(runs: Runs, N: np.ndarray, D: np.ndarray, size: str, data: Data) -> Belief:
     """The prior, with levels at the lowest losses."""
     middle = {"c": np.log(runs.lr).mean(), "c_B": np.log(runs.batch_tokens).mean()}
-    mean = [middle.get(name, PRIOR[name][0]) for name in SHARED]
-    mean = np.r_[mean, np.zeros(len(LOCAL) * len(N))]
-    mean[len(SHARED) :: len(LOCAL)] = lowest
+    mean = np.r_[[middle.get(name, PRIOR[name][0]) for name in SHARED], np.zeros(len(LOCAL) * len(N))]
+    mean[len(SHARED) :: len(LOCAL)] = np.minimum.reduceat(data.y, data.starts)
     spreads = np.array([SPREADS[name][0] for name in LOCAL])
-    return Belief(size, centre, N, D, mean, np.diag(_prior_sd(spreads, len(N)) ** 2), NOISE[0], spreads, runs)
+    centre = (float(np.log(N).mean()), float(np.log(D).mean()))
+    covariance = np.linalg.inv(prior_precision(N, D, spreads))
+    return Belief(size, centre, N, D, mean, covariance, NOISE[0], spreads, runs)
 
 
 def _resumed(state: Belief, start: Belief) -> Belief:
@@ -99,57 +90,62 @@ def _resumed(state: Belief, start: Belief) -> Belief:
     return replace(state, mean=mean, noise=start.noise, spreads=start.spreads)
 
 
-def _prior_sd(spreads: np.ndarray, cells: int) -> np.ndarray:
-    return np.r_[[PRIOR[name][1] for name in SHARED], np.tile(spreads, cells)]
-
-
-def _step(state: Belief, prior: np.ndarray, y: np.ndarray, cell: np.ndarray, damping: float) -> tuple[Belief, float]:
+def _step(state: Belief, prior: np.ndarray, points: Points, data: Data, damping: float) -> tuple[Belief, float]:
     """One damped Gauss-Newton step on the mode, then noise and spreads given it."""
-    points = state.points(state.runs)
-    precision = _prior_sd(state.spreads, len(state.N)) ** -2.0
+    precision = prior_precision(state.N, state.D, state.spreads)
 
-    def residuals(mean: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        local = mean[len(SHARED) :].reshape(-1, len(LOCAL))
-        values = evaluate(mean[: len(SHARED)], local[cell], points)
-        return y - local[cell, 0] - values[0], values
+    def residuals(mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of ln loss, (n,), the excess, (n,), and derivatives by the shared and the cell's own parameters, (n, 16)."""
+        local = mean[len(SHARED) :].reshape(-1, len(LOCAL))[data.cell]
+        excess, by_shared, by_local = evaluate(mean[: len(SHARED)], local, points)
+        return data.y - local[:, 0] - excess, excess, np.concatenate([by_shared, by_local], axis=1)
 
-    residual, (excess, by_shared, by_local) = residuals(state.mean)
+    residual, excess, by = residuals(state.mean)
     widening = 1 + (excess / FAR) ** 2
     trust = (FREEDOM + 1) / (FREEDOM + residual**2 / (state.noise**2 * widening))
     weight = trust / (state.noise**2 * widening)
-    jacobian = spread_out(by_shared, by_local, cell, len(state.N))
-    hessian = jacobian.T @ (weight[:, None] * jacobian) + np.diag(precision)
-    pull = jacobian.T @ (weight * residual) - precision * (state.mean - prior)
+    at = columns(np.arange(len(state.N)))
+    hessian, pull = precision.copy(), -precision @ (state.mean - prior)
+    np.add.at(
+        hessian, (at[:, :, None], at[:, None, :]), _by_cell(by[:, :, None] * (weight[:, None] * by)[:, None], data)
+    )
+    np.add.at(pull, at, _by_cell((weight * residual)[:, None] * by, data))
 
-    def cost(residual: np.ndarray, mean: np.ndarray) -> float:
-        return float(weight @ residual**2 + precision @ (mean - prior) ** 2)
+    def cost(mean: np.ndarray, residual: np.ndarray) -> float:
+        return float(weight @ residual**2 + (mean - prior) @ precision @ (mean - prior))
 
-    now = cost(residual, state.mean)
-    while True:
-        mean = state.mean + np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), pull)
-        new_residual, _ = residuals(mean)
-        if cost(new_residual, mean) <= now + 1e-9 * abs(now):
-            damping = max(damping / 10, 1e-9)
+    now = cost(state.mean, residual)
+    mean = state.mean
+    while damping < 1e6:
+        tried = state.mean + np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), pull)
+        after = residuals(tried)[0]
+        if cost(tried, after) <= now * (1 + 1e-9):
+            mean, residual = tried, after
             break
         damping *= 10
-        if damping > 1e6:
-            mean, new_residual = state.mean, residual
-            break
     covariance = np.linalg.inv(hessian)
     covariance = (covariance + covariance.T) / 2
-    leverage = np.sum(jacobian @ covariance * jacobian, axis=1)
+    own = covariance[at[:, :, None], at[:, None, :]][data.cell]
+    leverage = np.einsum("ni,nij,nj->n", by, own, by)
     expected, counts = NOISE
-    squares = float(trust / widening @ new_residual**2 + weight @ (leverage * state.noise**2))
-    noise = float(np.sqrt((squares + counts * expected**2) / (len(y) + counts)))
-    spreads = _spreads(mean, covariance, len(state.N))
-    return replace(state, mean=mean, covariance=covariance, noise=noise, spreads=spreads), damping
+    squares = float(trust / widening @ (residual**2 + leverage)) + counts * expected**2
+    noise = float(np.sqrt(squares / (len(data.y) + counts)))
+    spreads = _spreads(mean, covariance, correlation(state.N, state.D))
+    return replace(state, mean=mean, covariance=covariance, noise=noise, spreads=spreads), max(damping / 10, 1e-9)
 
 
-def _spreads(mean: np.ndarray, covariance: np.ndarray, cells: int) -> np.ndarray:
+def _by_cell(rows: np.ndarray, data: Data) -> np.ndarray:
+    """Sums over the runs of each cell, (m, ...)."""
+    return np.add.reduceat(rows, data.starts, axis=0)
+
+
+def _spreads(mean: np.ndarray, covariance: np.ndarray, correlation: np.ndarray) -> np.ndarray:
     """Of the cells' deviations: what is expected of them, with the expectation beforehand counted in."""
-    second = (mean**2 + np.diag(covariance))[len(SHARED) :].reshape(cells, len(LOCAL)).sum(axis=0)
+    inverse = np.linalg.inv(correlation)
     result = []
-    for total, name in zip(second, LOCAL, strict=True):
+    for index, name in enumerate(LOCAL):
         expected, counts = SPREADS[name]
-        result.append(expected if counts is None else np.sqrt((total + counts * expected**2) / (cells + counts)))
+        at = slice(len(SHARED) + index, None, len(LOCAL))
+        total = mean[at] @ inverse @ mean[at] + np.sum(inverse * covariance[at, at])
+        result.append(expected if counts is None else np.sqrt((total + counts * expected**2) / (len(inverse) + counts)))
     return np.array(result)

@@ -12,6 +12,7 @@ the best run, the best after it, and so on, up to DEPTH, of which the prefix of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -43,12 +44,14 @@ def target_factor(belief: Belief, N: np.ndarray, D: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Design:
-    """Covariances of candidate runs with each other and with the targets, as chosen runs are conditioned on."""
+    """Covariances of candidate runs with parameters and targets, as chosen runs are conditioned on."""
 
     sensitivity: np.ndarray
-    """(n, P)."""
+    """Of each candidate to the parameters that it depends on, (n, 16)."""
+    columns: np.ndarray
+    """Which these are, (n, 16)."""
     projected: np.ndarray
-    """Sensitivities times the covariance, (n, P)."""
+    """Covariances with all parameters, (n, P)."""
     targets: np.ndarray
     """Covariances with the scaled targets, (T, n)."""
     variance: np.ndarray
@@ -59,32 +62,28 @@ class Design:
     def condition(self, run: int) -> None:
         """On the measurement of a candidate, whatever it will be."""
         total = self.noise[run] + self.variance[run]
-        covariance = self.projected @ self.sensitivity[run]
+        covariance = self.projected[:, self.columns[run]] @ self.sensitivity[run]
         toward = self.targets[:, run].copy()
         self.regret -= float(toward @ toward) / total
-        self.targets -= np.outer(toward, covariance) / total
+        self.targets -= np.outer(toward, covariance / total)
         self.variance -= covariance**2 / total
-        self.projected -= np.outer(covariance, self.projected[run]) / total
+        self.projected -= np.outer(covariance / total, self.projected[run])
 
     def block(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of these candidates: their covariance (m, m), with the targets (T, m), and noise (m,)."""
-        return self.projected[runs] @ self.sensitivity[runs].T, self.targets[:, runs], self.noise[runs]
+        """Of these candidates of one cell: their covariance (m, m), with the targets (T, m), and noise (m,)."""
+        covariance = self.projected[np.ix_(runs, self.columns[runs[0]])] @ self.sensitivity[runs].T
+        return covariance, self.targets[:, runs], self.noise[runs]
 
 
 def design(belief: Belief, candidates: Runs, N: np.ndarray, D: np.ndarray) -> Design:
     """Of candidates for a decision at target cells N, D, (T,) each."""
     belief = belief.including(np.r_[N, candidates.N], np.r_[D, candidates.D])
-    sensitivity, noise = belief.sensitivities(candidates)
+    sensitivity, at, noise = belief.sensitivities(candidates)
     factor = target_factor(belief, N, D)
-    projected = sensitivity @ belief.covariance
-    return Design(
-        sensitivity,
-        projected,
-        factor @ projected.T,
-        np.sum(projected * sensitivity, axis=1),
-        noise**2,
-        float(np.sum(factor @ belief.covariance * factor)),
-    )
+    projected = np.einsum("ni,nip->np", sensitivity, belief.covariance[at])
+    variance = np.einsum("ni,ni->n", sensitivity, np.take_along_axis(projected, at, axis=1))
+    regret = float(np.sum(factor @ belief.covariance * factor))
+    return Design(sensitivity, at, projected, factor @ projected.T, variance, noise**2, regret)
 
 
 def choose(
@@ -99,25 +98,33 @@ def choose(
     """Up to `count` candidates that cost at most `budget_flops` together: (index, regret before, regret after) each.
 
     `cell` (n,) is that of each candidate. A packet costs the sum of the shares of the budget and of the count that it
-    takes, so that neither is left over while the other runs out. `state` is conditioned on what is chosen.
+    takes, so that neither is left over while the other runs out. `state` is conditioned on what is chosen. Cells wait
+    in a queue by their last rate, which seldom rises as other cells are measured, so that only the first few are
+    compared anew (lazy greedy, Minoux 1978).
     """
     chosen: list[tuple[int, float, float]] = []
     free = np.ones(len(candidates), dtype=bool)
     left = float(budget_flops)
-    groups = [np.flatnonzero(cell == each) for each in np.unique(cell)]
-    while len(chosen) < count:
-        best: tuple[float, np.ndarray] = (0.0, np.zeros(0, dtype=int))
-        for group in groups:
-            open_ = group[free[group] & (candidates.flops[group] <= left)]
-            if len(open_):
-                depth = min(DEPTH, count - len(chosen), len(open_))
-                price = candidates.flops[open_] / budget_flops + 1 / count
-                rate, picks = _packet(*state.block(open_), price, candidates.flops[open_], left, depth, value)
-                if rate > best[0]:
-                    best = rate, open_[picks]
-        if not len(best[1]):
-            break
-        for run in best[1]:
+
+    def packet(group: np.ndarray) -> tuple[float, np.ndarray]:
+        open_ = group[free[group] & (candidates.flops[group] <= left)]
+        if not len(open_):
+            return 0.0, open_
+        flops = candidates.flops[open_]
+        depth = min(DEPTH, count - len(chosen))
+        rate, picks = _packet(*state.block(open_), flops / budget_flops + 1 / count, flops, left, depth, value)
+        return rate, open_[picks]
+
+    queue = [(-np.inf, index, np.flatnonzero(cell == each)) for index, each in enumerate(np.unique(cell))]
+    while queue and len(chosen) < count:
+        _, index, group = heappop(queue)
+        rate, runs = packet(group)
+        if not rate > 0:
+            continue
+        heappush(queue, (-rate, index, group))
+        if queue[0][1] != index:
+            continue
+        for run in runs:
             before = state.regret
             state.condition(run)
             chosen.append((int(run), before, state.regret))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling.design.bowl import LOCAL, SHARED, Points, evaluate, linex, optimum
+from scaling.design.prior import alike, correlation, local_blocks
 from scaling.design.runs import Runs, cells_of, position
 from scaling.results import Decision, Estimate, Plateau, Verdict
 
@@ -58,48 +59,50 @@ class Belief:
         return np.log(N) - self.centre[0], np.log(D) - self.centre[1]
 
     def including(self, N: np.ndarray, D: np.ndarray) -> "Belief":
-        """With cells that nothing was measured of, where they are new: their deviations are as the spreads say."""
+        """With cells that nothing was measured of, where they are new: they deviate as those near them do."""
         new_N, new_D, _ = cells_of(*(each[self.cell(N, D) < 0] for each in (N, D)))
         if not len(new_N):
             return self
-        width, old = len(LOCAL) * len(new_N), len(self.mean)
-        covariance = np.zeros((old + width, old + width))
-        covariance[:old, :old] = self.covariance
-        covariance[old:, old:] = np.diag(np.tile(self.spreads**2, len(new_N)))
+        common = alike(new_N, new_D, self.N, self.D)
+        gain = np.linalg.solve(correlation(self.N, self.D), common.T).T
+        own = correlation(new_N, new_D) - gain @ common.T
+        ones = np.ones(len(LOCAL))
+        onto = np.zeros((len(LOCAL) * len(new_N), len(self.mean)))
+        onto[:, len(SHARED) :] = local_blocks(gain, np.zeros_like(gain), ones)
+        across = onto @ self.covariance
+        added = across @ onto.T + local_blocks(own, np.eye(len(new_N)), self.spreads**2)
         return replace(
             self,
             N=np.r_[self.N, new_N],
             D=np.r_[self.D, new_D],
-            mean=np.r_[self.mean, np.zeros(width)],
-            covariance=covariance,
+            mean=np.r_[self.mean, onto @ self.mean],
+            covariance=np.block([[self.covariance, across.T], [across, added]]),
         )
 
-    def sensitivities(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
-        """Derivatives of ln loss by all parameters, (n, P), and the standard deviation of a measurement, (n,).
+    def sensitivities(self, runs: Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Derivatives of ln loss by the parameters that a run depends on, (n, 16), which these are, (n, 16), and the
+        standard deviation of a measurement, (n,).
 
         Every cell of the runs must be one of the belief's.
         """
         cell = self.cell(runs.N, runs.D)
         excess, by_shared, by_local = evaluate(self.shared, self.local[cell], self.points(runs))
-        return spread_out(by_shared, by_local, cell, len(self.N)), self.noise * np.sqrt(1 + (excess / FAR) ** 2)
+        noise = self.noise * np.sqrt(1 + (excess / FAR) ** 2)
+        return np.concatenate([by_shared, by_local], axis=1), columns(cell), noise
 
     def optimum(self, N: np.ndarray, D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ln lr* and ln B* of cells, (n, 2), their derivatives by the parameters, (n, 2, P), and curvatures, (n, 2).
+        """ln lr* and ln B* of cells, (n, 2), their derivatives by all parameters, (n, 2, P), and h_p and h_q, (n, 2).
 
-        Cells that are not among the belief's follow the laws alone; see `including` for their own uncertainty.
-        The curvatures are h_p and h_q.
+        Every cell must be one of the belief's; see `including`.
         """
         cell = self.cell(N, D)
         n, d = self.features(N, D)
-        local = np.where(cell[:, None] >= 0, self.local[cell], 0.0) if len(self.N) else np.zeros((len(N), len(LOCAL)))
-        vertex = np.stack(optimum(self.shared, local, n, d), axis=-1)
+        vertex = np.stack(optimum(self.shared, self.local[cell], n, d), axis=-1)
         by = np.zeros((len(N), 2, len(self.mean)))
-        features = np.stack([np.ones_like(n), n, d], axis=-1)
-        by[:, 0, 0:3] = by[:, 1, 3:6] = features
-        known = np.flatnonzero(cell >= 0)
-        at = len(SHARED) + len(LOCAL) * cell[known]
-        by[known, 0, at + 1] = by[known, 1, at + 2] = 1.0
-        return vertex, by, np.exp(self.shared[6:8] + local[:, 3:5])
+        by[:, 0, 0:3] = by[:, 1, 3:6] = np.stack([np.ones_like(n), n, d], axis=-1)
+        at = len(SHARED) + len(LOCAL) * cell
+        by[np.arange(len(N)), 0, at + 1] = by[np.arange(len(N)), 1, at + 2] = 1.0
+        return vertex, by, np.exp(self.shared[6:8] + self.local[cell, 3:5])
 
     def stable(self) -> float:
         """The largest ln lr, across the valley from the optimum, that keeps MARGIN from those that diverged.
@@ -116,7 +119,7 @@ class Belief:
 
     def place(self, runs: Runs) -> np.ndarray:
         """Where runs lie from the optimum of their cell: across the valley and along it, (n, 2)."""
-        vertex, _, _ = self.optimum(runs.N, runs.D)
+        vertex, _, _ = self.including(runs.N, runs.D).optimum(runs.N, runs.D)
         along = np.log(runs.batch_tokens) - vertex[:, 1]
         return np.stack([np.log(runs.lr) - vertex[:, 0] - self.shared[8] * along, along], axis=-1)
 
@@ -139,8 +142,9 @@ class Belief:
     def decide(self, N: float, D: float) -> Decision:
         """lr and batch at a target, which lower the expected loss most, with the intervals of the optimum (95 %).
 
-        The bowl is steeper on one side, so the decision lies on the other side of the optimum's mean. ValueError for a
-        target that is not positive.
+        The bowl is steeper on one side, so the decision lies on the other side of the optimum's mean, though not by
+        more than a standard deviation: the tail of the bowl is not known so well. ValueError for a target that is not
+        positive.
         """
         if not (np.isfinite(N) and np.isfinite(D) and N > 0 and D > 0):
             raise ValueError(f"target N = {N}, D = {D}: both must be positive numbers")
@@ -151,7 +155,8 @@ class Belief:
         by_place = np.stack([by[0] - r * by[1], by[1]])
         var_p, var_q = np.sum(by_place @ known.covariance * by_place, axis=1)
         limit = self.stable()
-        p, q = min(-k_p * var_p / 2, limit), -k_q * var_q / 2
+        p, q = (-np.clip(k * var / 2, -np.sqrt(var), np.sqrt(var)) for k, var in ((k_p, var_p), (k_q, var_q)))
+        p = min(p, limit)
         sd = np.sqrt(np.sum(by @ known.covariance * by, axis=1))
         values = np.exp([vertex[0] + p + r * q, vertex[1] + q])
         estimates = [
@@ -187,13 +192,10 @@ class Belief:
         return tuple(found)
 
 
-def spread_out(by_shared: np.ndarray, by_local: np.ndarray, cell: np.ndarray, cells: int) -> np.ndarray:
-    """Derivatives by all parameters, (n, P), from those by the shared and those by the point's own cell."""
-    full = np.zeros((len(cell), len(SHARED) + len(LOCAL) * cells))
-    full[:, : len(SHARED)] = by_shared
-    at = len(SHARED) + len(LOCAL) * cell
-    full[np.arange(len(cell))[:, None], at[:, None] + np.arange(len(LOCAL))] = by_local
-    return full
+def columns(cell: np.ndarray) -> np.ndarray:
+    """Indices of the shared parameters and of a cell's own among all, (n, 16), of cells by index, (n,)."""
+    own = len(SHARED) + len(LOCAL) * cell[:, None] + np.arange(len(LOCAL))
+    return np.concatenate([np.broadcast_to(np.arange(len(SHARED)), (len(cell), len(SHARED))), own], axis=1)
 
 
 def _plateau(vertex: np.ndarray, h_p: float, h_q: float, r: float, k_p: float, k_q: float) -> dict[str, Plateau]:
