@@ -74,12 +74,13 @@ class Surface:
     at: np.ndarray
     """ln lr and ln B, (runs, 2)."""
     loss: np.ndarray
+    between: LinearNDInterpolator
 
     def regret(self, lr: float, batch_tokens: float) -> tuple[float, float]:
         """Excess loss as a share, at the nearest run and by linear interpolation."""
         asked = np.log([lr, batch_tokens])
         nearest = self.loss[np.sum((self.at - asked) ** 2, axis=1).argmin()]
-        between = float(LinearNDInterpolator(self.at, self.loss)(asked[None])[0])
+        between = float(self.between(asked[None])[0])
         return nearest / self.loss.min() - 1, (between if np.isfinite(between) else nearest) / self.loss.min() - 1
 
 
@@ -101,11 +102,12 @@ def split(runs: Runs, protocol: str, seed: int) -> Split:
     if protocol == "scattered":
         chosen = np.random.default_rng([seed, 1]).permutation(judged[:-1])[: len(judged) // 2 - 1]
         judged = np.sort(np.r_[chosen, judged[-1]])
-    surfaces = tuple(
-        Surface(float(N[i]), float(D[i]), np.log(np.stack([runs.lr, runs.batch_tokens], -1)[cell == i]), runs.loss[cell == i])
-        for i in judged
-    )
-    return Split(runs.where(~np.isin(cell, judged)), surfaces, float(total[-1]))
+    surfaces = []
+    for each in judged:
+        own = runs.where(cell == each)
+        at = np.log(np.stack([own.lr, own.batch_tokens], axis=-1))
+        surfaces.append(Surface(float(N[each]), float(D[each]), at, own.loss, LinearNDInterpolator(at, own.loss)))
+    return Split(runs.where(~np.isin(cell, judged)), tuple(surfaces), float(total[-1]))
 
 
 def by_design(value: Value, judged: Sequence[Surface]) -> Chooser:
@@ -204,14 +206,17 @@ def main() -> None:
     for protocol in options.protocol or PROTOCOLS:
         one = split(runs, protocol, 0)
         pool = one.pool.flops.sum() / one.compute
-        print(f"{protocol}: pool {len(one.pool)} runs, {100 * pool:.1f} % of the compute; {len(one.judged)} cells judged")
+        print(
+            f"{protocol}: {len(one.pool)} runs to choose from, {pool:.1%} of the compute; {len(one.judged)} cells judged"
+        )
         play = partial(replay, runs, protocol)
         rows = pd.concat([play(name, seed) for name in methods(()) for seed in range(options.seeds)], ignore_index=True)
         parts.append(rows)
         for measure in ("linear", "nearest", "worst"):
             print(f"\n{measure}, % of the loss, by share of the grid's compute\n")
             print(summary(rows, measure).to_string(), flush=True)
-        print("\nruns\n", rows.groupby(["share", "method"], sort=False)["runs"].mean().unstack(sort=False).to_string(), "\n")
+        counts = rows.groupby(["share", "method"], sort=False)["runs"].mean().unstack(sort=False)
+        print(f"\nruns, mean over seeds\n\n{counts.to_string()}\n")
     if options.csv:
         pd.concat(parts).to_csv(options.csv, index=False)
 

@@ -13,6 +13,7 @@ with curvature h_p, -r h_p, h_p r^2 + h_q of (lr lr, lr B, B B).
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import lambertw
 
 SHARED = ("c", "a", "b", "c_B", "a_B", "b_B", "ln_h_p", "ln_h_q", "r", "k_p", "k_q")
 """ln lr* = c + a n + b d and ln B* = c_B + a_B n + b_B d, with n and d ln N and ln D from the centre of the table."""
@@ -41,6 +42,15 @@ def linex(z: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     value = np.where(small, 1 / 2 + t / 6 + t**2 / 24 + t**3 / 120, (np.expm1(s) - s) / s**2)
     by_t = np.where(small, 1 / 6 + t / 12 + t**2 / 40, (slope - 2 * value) / s)
     return z**2 * value, z * slope, z**3 * by_t
+
+
+def reach(value: np.ndarray | float, k: float, side: int) -> np.ndarray:
+    """The z on this side of 0 (-1 or 1) where L(z, k) has a value."""
+    if abs(k) < 1e-3:
+        return side * np.sqrt(2 * np.asarray(value))
+    raised = 1 + k**2 * np.asarray(value)
+    branch = -1 if side * k > 0 else 0
+    return (-raised - lambertw(-np.exp(-raised), branch).real) / k
 
 
 def optimum(shared: np.ndarray, local: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -64,7 +64,7 @@ class Design:
         total = self.noise[run] + self.variance[run]
         covariance = self.projected[:, self.columns[run]] @ self.sensitivity[run]
         toward = self.targets[:, run].copy()
-        self.regret -= float(toward @ toward) / total
+        self.regret -= float(toward @ toward / total)
         self.targets -= np.outer(toward, covariance / total)
         self.variance -= covariance**2 / total
         self.projected -= np.outer(covariance / total, self.projected[run])

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.design.bowl import LOCAL, SHARED, Points, evaluate, linex, optimum
+from scaling.design.bowl import LOCAL, SHARED, Points, evaluate, optimum, reach
 from scaling.design.prior import alike, correlation, local_blocks
 from scaling.design.runs import Runs, cells_of, position
 from scaling.results import Decision, Estimate, Plateau, Verdict
@@ -199,15 +199,15 @@ def columns(cell: np.ndarray) -> np.ndarray:
 
 
 def _plateau(vertex: np.ndarray, h_p: float, h_q: float, r: float, k_p: float, k_q: float) -> dict[str, Plateau]:
-    """Ranges of lr and B that cost less than PLATEAU with the other at its best."""
-    grid = np.linspace(-6, 6, 2401)
-    costs = h_q * linex(grid, k_q)[0]
-    batch = grid[costs < PLATEAU]
-    u = np.linspace(-4, 4, 801)
-    v = grid[costs < PLATEAU][:: max(1, len(batch) // 200)]
-    total = h_p * linex(u[:, None] - r * v, k_p)[0] + h_q * linex(v, k_q)[0]
-    rate = u[total.min(axis=1) < PLATEAU]
+    """Ranges of lr and B that cost less than PLATEAU with the other at its best; on the border p takes a share."""
+    share = np.linspace(0, 1, 101)
+    rates = [
+        reach(share * PLATEAU / h_p, k_p, side) + r * reach((1 - share) * PLATEAU / h_q, k_q, other)
+        for side in (-1, 1)
+        for other in (-1, 1)
+    ]
+    batches = [reach(PLATEAU / h_q, k_q, side) for side in (-1, 1)]
     return {
-        name: Plateau(float(np.exp(at + of.min())), float(np.exp(at + of.max())), PLATEAU)
-        for name, at, of in (("lr", vertex[0], rate), ("batch_tokens", vertex[1], batch))
+        name: Plateau(float(np.exp(at + np.min(of))), float(np.exp(at + np.max(of))), PLATEAU)
+        for name, at, of in (("lr", vertex[0], rates), ("batch_tokens", vertex[1], batches))
     }

@@ -1,8 +1,8 @@
 """What is believed of bowls before any run: wide, and from other grids than those that the tests use.
 
 The optimum of a cell and the curvatures of its bowl deviate from the shared laws as a Gaussian process over ln N and
-ln D: cells that are alike deviate alike. So a law's own bend is learned where runs are, a target far from all runs stays
-uncertain however many there are, and many runs of one corner do not pass for knowledge of the law.
+ln D: cells that are alike deviate alike. So a law's own bend is learned where runs are, a target far from all runs
+stays uncertain however many there are, and many runs of one corner do not pass for knowledge of the law.
 """
 
 import numpy as np

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from scaling.columns import DIVERGED, FINISHED
+from scaling.columns import DIVERGED, FINISHED, RUNNING
 from scaling.table import RunTable
 
 SAME_TOKENS = 0.02
 """Of ln D: runs of one cell end at slightly different tokens, as their batches do not divide the horizon alike."""
 FLOPS = 6.0
-"""For each parameter and token, where the table does not know better (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
+"""For each parameter and token, where the table does not know better (Kaplan et al. 2020, table 1)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Runs:
     loss: np.ndarray
     """NaN where unknown, diverged or not yet run."""
     diverged: np.ndarray
+    pending: np.ndarray
+    """Still running."""
     flops: np.ndarray
 
     def __len__(self) -> int:
@@ -34,6 +36,10 @@ class Runs:
     def where(self, kept: np.ndarray) -> "Runs":
         """These rows: (rows,) of bool, or indices."""
         return Runs(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
+
+    def joined(self, other: "Runs") -> "Runs":
+        """These and then the other's."""
+        return Runs(*(np.r_[getattr(self, name), getattr(other, name)] for name in self.__dataclass_fields__))
 
     @property
     def measured(self) -> np.ndarray:
@@ -71,12 +77,12 @@ def read(table: RunTable | pd.DataFrame, size: str) -> Runs:
     flops = numbers("flops")
     for other in (numbers("flops_per_token") * D, FLOPS * N * D):
         flops = np.where(np.isfinite(flops) & (flops > 0), flops, other)
-    runs = Runs(N, D, settings["lr"], settings["batch_tokens"], loss, status == DIVERGED, flops)
+    runs = Runs(N, D, settings["lr"], settings["batch_tokens"], loss, status == DIVERGED, status == RUNNING, flops)
     return runs.where(known)
 
 
 def cells_of(N: np.ndarray, D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cells of equal N and nearly equal D: their N and D (geometric mean), (cells,) each, and each row's cell, (rows,)."""
+    """Cells of equal N and nearly equal D: their N and D (geometric mean), (m,) each, and each row's cell, (rows,)."""
     order = np.lexsort((D, N))
     starts = np.r_[True, (np.diff(N[order]) != 0) | (np.diff(np.log(D[order])) > SAME_TOKENS)] if len(N) else []
     cell = np.empty(len(N), dtype=int)
@@ -85,7 +91,7 @@ def cells_of(N: np.ndarray, D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     size = np.zeros(count)
     size[cell] = N
     log_tokens = np.bincount(cell, np.log(D), count) / np.bincount(cell, minlength=count)
-    return size, np.exp(log_tokens), cell
+    return size, np.round(np.exp(log_tokens)), cell
 
 
 def position(N: np.ndarray, D: np.ndarray, among: Iterable[tuple[float, float]]) -> np.ndarray:
