@@ -207,7 +207,7 @@ def main() -> None:
         one = split(runs, protocol, 0)
         pool = one.pool.flops.sum() / one.compute
         print(
-            f"{protocol}: {len(one.pool)} runs to choose from, {pool:.1%} of the compute; {len(one.judged)} cells judged"
+            f"{protocol}: {len(one.pool)} runs in the pool, {pool:.1%} of the compute; {len(one.judged)} cells judged"
         )
         play = partial(replay, runs, protocol)
         rows = pd.concat([play(name, seed) for name in methods(()) for seed in range(options.seeds)], ignore_index=True)
