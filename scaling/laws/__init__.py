@@ -1,12 +1,42 @@
 """The laws by name."""
 
+from scaling.laws.critical_batch import CRITICAL_BATCH_DATA, CriticalBatchOfLoss
 from scaling.laws.law import Law
+from scaling.laws.powers import (
+    BATCH_FIXED_LR,
+    CURVED_LR,
+    DEEPSEEK_BATCH,
+    DEEPSEEK_LR,
+    GENERAL_BATCH,
+    STABLE_LR,
+    STEP_LAW_BATCH,
+    STEP_LAW_LR,
+    parse,
+)
+from scaling.laws.timescale import TIMESCALE
 
-LAWS: dict[str, Law] = {law.name: law for law in ()}
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        STEP_LAW_LR,
+        STEP_LAW_BATCH,
+        DEEPSEEK_LR,
+        DEEPSEEK_BATCH,
+        GENERAL_BATCH,
+        BATCH_FIXED_LR,
+        CURVED_LR,
+        STABLE_LR,
+        CRITICAL_BATCH_DATA,
+        CriticalBatchOfLoss(),
+        TIMESCALE,
+    )
+}
 
 
 def find(name: str) -> Law:
-    """The law of this name; ValueError naming those there are."""
+    """The law of this name, or the product of powers that it spells ("lr = m * tokens^-a"); ValueError for others."""
+    if "=" in name:
+        return parse(name)
     if name not in LAWS:
         raise ValueError(f"law {name!r} is not known; accepted: {', '.join(sorted(LAWS))}")
     return LAWS[name]
