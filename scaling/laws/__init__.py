@@ -1,6 +1,7 @@
 """The laws by name."""
 
 from scaling.laws.critical_batch import CRITICAL_BATCH_DATA, CriticalBatchOfLoss
+from scaling.laws.kaplan_lr import KaplanLr
 from scaling.laws.law import Law
 from scaling.laws.powers import (
     BATCH_FIXED_LR,
@@ -29,6 +30,7 @@ LAWS: dict[str, Law] = {
         CRITICAL_BATCH_DATA,
         CriticalBatchOfLoss(),
         TIMESCALE,
+        KaplanLr(),
     )
 }
 
