@@ -1,6 +1,8 @@
 """The laws by name."""
 
+from scaling.laws.chinchilla import Chinchilla, ChinchillaTied
 from scaling.laws.critical_batch import CRITICAL_BATCH_DATA, CriticalBatchOfLoss
+from scaling.laws.kaplan import Kaplan
 from scaling.laws.kaplan_lr import KaplanLr
 from scaling.laws.law import Law
 from scaling.laws.powers import (
@@ -31,6 +33,9 @@ LAWS: dict[str, Law] = {
         CriticalBatchOfLoss(),
         TIMESCALE,
         KaplanLr(),
+        Chinchilla(),
+        ChinchillaTied(),
+        Kaplan(),
     )
 }
 
