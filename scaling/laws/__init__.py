@@ -2,9 +2,15 @@
 
 from scaling.laws.chinchilla import Chinchilla, ChinchillaTied
 from scaling.laws.critical_batch import CRITICAL_BATCH_DATA, CriticalBatchOfLoss
+from scaling.laws.data_constrained import DataConstrained
+from scaling.laws.farseer import Farseer
+from scaling.laws.growth_timing import GrowthTiming
+from scaling.laws.joint import Joint
 from scaling.laws.kaplan import Kaplan
 from scaling.laws.kaplan_lr import KaplanLr
 from scaling.laws.law import Law
+from scaling.laws.over_training import OverTraining
+from scaling.laws.parscale import ParScale, ParScaleTokens
 from scaling.laws.powers import (
     BATCH_FIXED_LR,
     CURVED_LR,
@@ -16,6 +22,8 @@ from scaling.laws.powers import (
     STEP_LAW_LR,
     parse,
 )
+from scaling.laws.recurrence import Recurrence
+from scaling.laws.reuse import Reuse, ReuseSizes
 from scaling.laws.timescale import TIMESCALE
 
 LAWS: dict[str, Law] = {
@@ -36,6 +44,16 @@ LAWS: dict[str, Law] = {
         Chinchilla(),
         ChinchillaTied(),
         Kaplan(),
+        OverTraining(),
+        DataConstrained(),
+        Farseer(),
+        ParScale(),
+        ParScaleTokens(),
+        Recurrence(),
+        Reuse(),
+        ReuseSizes(),
+        Joint(),
+        GrowthTiming(),
     )
 }
 
