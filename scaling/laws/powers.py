@@ -16,7 +16,7 @@ from scaling.laws.law import SYMBOLS, Inputs, Law, Parameter, Quantity
 
 @dataclass(frozen=True)
 class Power:
-    """One factor: inputs to the powers of `weights`, and all of it to an exponent: fitted if a name, fixed if a number."""
+    """One factor: inputs to the powers of `weights`, all of it to an exponent: fitted if a name, fixed if a number."""
 
     exponent: str | float
     weights: Mapping[str, float]
@@ -105,7 +105,9 @@ CURVED_LR = PowerLaw(
     (N_A, D_B),
     (Bend("q", {"N": 1, "D": 1}, 1e19),),
 )
-STABLE_LR = PowerLaw("stable_lr", "max_lr", "max_lr = c * N^a * D^b * B^g", "where half of the runs diverge", (N_A, D_B, B_G))
+STABLE_LR = PowerLaw(
+    "stable_lr", "max_lr", "max_lr = c * N^a * D^b * B^g", "where half of the runs diverge", (N_A, D_B, B_G)
+)
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FACTOR = re.compile(
@@ -136,7 +138,9 @@ def parse(text: str) -> PowerLaw:
     """
     quantity, equals, right = (part.strip() for part in text.partition("="))
     if not equals or quantity not in get_args(Quantity):
-        raise ValueError(f"law {text!r}: accepted is one of {', '.join(get_args(Quantity))}, '=' and a product, {_GRAMMAR}")
+        raise ValueError(
+            f"law {text!r}: accepted is one of {', '.join(get_args(Quantity))}, '=' and a product, {_GRAMMAR}"
+        )
     constants: list[str] = []
     number, powers = 1.0, {}
     for base, sign, exponent in _factors(text, right):
@@ -152,6 +156,9 @@ def parse(text: str) -> PowerLaw:
             raise ValueError(f"law {text!r}: {quantity} stands on both sides")
         else:
             _add(powers, base, sign, exponent)
+    weights = [weight for each in powers.values() for weight in each.values()]
+    if not all(0 < abs(weight) <= 20 for weight in weights) or not 0 < number < float("inf"):
+        raise ValueError(f"law {text!r}: accepted are exponents up to 20 that do not cancel, and a finite number")
     if len(constants) > 1 or (constants and number != 1.0):
         raise ValueError(f"law {text!r}: accepted is one constant; {', '.join(constants)} cannot be told apart")
     law = PowerLaw(
@@ -164,7 +171,9 @@ def parse(text: str) -> PowerLaw:
     )
     names = [each.name for each in law.parameters]
     if not names or not law.inputs or len(set(names)) < len(names):
-        raise ValueError(f"law {text!r}: accepted is a constant or an exponent to fit, each under its own name, {_GRAMMAR}")
+        raise ValueError(
+            f"law {text!r}: accepted is a constant or an exponent to fit, each under its own name, {_GRAMMAR}"
+        )
     return law
 
 
