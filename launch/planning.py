@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -215,14 +215,12 @@ def _shaped(
         raw.setdefault("parallel", {})["tensor"] = tensor
     config = _checked(raw)
     known = {name: each for name, each in columns_of(config).items() if not name.startswith(("lr", "batch"))}
+    decision = decide(laws, fits, found, known, far)
     if "batch_tokens" in fits:
-        wanted = decide(laws, fits, found, known, far).proposal["batch_tokens"]
-        raw["batch"]["sequences"] = round_batch(wanted.value, config, machine.world_size)
+        raw["batch"]["sequences"] = round_batch(decision.proposal["batch_tokens"].value, config, machine.world_size)
     batch_tokens = raw["batch"]["sequences"] * seq_len
+    decision = _at_batch(decision, decide(laws, fits, found, known | {"batch_tokens": batch_tokens}, far), batch_tokens)
     raw["schedule"]["horizon"] = max(1, round(tokens / batch_tokens)) * batch_tokens
-    decision = decide(laws, fits, found, known | {"batch_tokens": batch_tokens}, far)
-    if "batch_tokens" in fits:
-        decision = _with_batch(decision, wanted, batch_tokens)
     if "lr" in fits:
         raw["optim"]["lr"] = round_rate(decision.proposal["lr"].value)
     raw["run"]["name"] = f"{raw['run']['name']}-{_short(getattr(count(model), size))}-{_short(tokens)}"
@@ -230,17 +228,17 @@ def _shaped(
     return None if held is None else Plan(decision, fits, size, held[0], _checked(held[0]), held[1])
 
 
-def _with_batch(decision: Decision, wanted: Estimate, batch_tokens: int) -> Decision:
-    """The decision with what the law says of the batch, and a warning where the mesh cannot carry it."""
-    verdicts = decision.verdicts
-    edge = decision.plateau.get("batch_tokens", Plateau(wanted.value * 2 / 3, wanted.value * 3 / 2))
-    if not edge.low <= batch_tokens <= edge.high:
-        message = (
-            f"the mesh carries {batch_tokens:,} tokens a batch, off the plateau of {edge.low:,.0f} to {edge.high:,.0f}"
-        )
-        verdicts = (*verdicts, Verdict("warning", "batch", message))
-    proposal = {**decision.proposal, "batch_tokens": wanted}
-    return Decision(decision.target, proposal, decision.plateau, decision.regret, decision.extrapolation, verdicts)
+def _at_batch(best: Decision, given: Decision, batch_tokens: int) -> Decision:
+    """The best decision with the rate and loss of the batch that the mesh carries, and a warning where it is off."""
+    moved = {name: given.proposal[name] for name in ("lr", "loss") if name in given.proposal}
+    plateaus = dict(best.plateau) | {name: each for name, each in given.plateau.items() if name == "lr"}
+    verdicts = best.verdicts
+    if (wanted := best.proposal.get("batch_tokens")) is not None:
+        flat = best.plateau.get("batch_tokens", Plateau(wanted.value * 2 / 3, wanted.value * 3 / 2))
+        if not flat.low <= batch_tokens <= flat.high:
+            said = f"the mesh carries {batch_tokens:,} tokens a batch; good are {flat.low:,.0f} to {flat.high:,.0f}"
+            verdicts = (*verdicts, Verdict("warning", "batch", said))
+    return replace(best, proposal={**best.proposal, **moved}, plateau=plateaus, verdicts=verdicts)
 
 
 def _checked(raw: Mapping[str, Any]) -> RunConfiguration:

@@ -12,7 +12,7 @@ from runtime.observe.jsonl import read_rows
 from scaling.laws_file import write
 from scaling.results import Analysis
 from scaling.table import RunTable
-from tests.end_to_end.runs import BATCH, STEPS, Launch, finish, write_run
+from tests.end_to_end.runs import BATCH, STEPS, main, write_run
 from tests.fits import fit
 
 
@@ -34,26 +34,27 @@ def test_a_run_takes_its_numbers_from_the_law_once(tmp_path):
     config.write_text(f'{text}\n[law]\nsource = "{laws}"\n')
     write_laws(laws, 2e-3)
 
-    first = finish(config, "auto", overrides=(f"run.until={8 * BATCH}",))
-    assert "optim.lr = 0.002 by " in first.output and "95 % interval 0.00" in first.output
-    resolved = tomllib.loads((first.folder / "config.toml").read_text())
+    code, said = main(0, [str(config), "run.name=auto", f"run.until={8 * BATCH}"])
+    assert code == 0, said
+    assert "optim.lr = 0.002 by " in said and "95 % interval 0.00" in said
+    folder = tmp_path / "runs" / "auto"
+    resolved = tomllib.loads((folder / "config.toml").read_text())
     assert (resolved["optim"]["lr"], resolved["batch"]["sequences"]) == (0.002, 8)
-    law = json.loads((first.folder / "run.json").read_text())["law"]
+    law = json.loads((folder / "run.json").read_text())["law"]
     assert law["source"] == str(laws)
     rate = law["values"]["optim.lr"]
     assert rate["formula"] == "lr = c * N^a * D^b" and rate["interval"][0] < 0.002 < rate["interval"][1]
     n = count(ModelConfig.model_validate(resolved["model"])).non_embedding
     assert rate["inputs"] == {"N": n, "D": STEPS * BATCH}
 
-    write_laws(laws, 5e-3)
-    second = finish(config, "auto")
-    assert "optim.lr = 0.002, as in " in second.output
     laws.unlink()
-    assert finish(config, "auto").output.count("as in") == 2
-    rows = read_rows(second.folder / "metrics.jsonl")
+    code, said = main(0, [str(config), "run.name=auto"])
+    assert code == 0, said
+    assert "optim.lr = 0.002, as in " in said
+    rows = read_rows(folder / "metrics.jsonl")
     assert rows[-1]["tokens"] == STEPS * BATCH and max(row["lr"] for row in rows) == 0.002
-    assert json.loads((second.folder / "run.json").read_text())["law"] == law
+    assert json.loads((folder / "run.json").read_text())["law"] == law
 
-    refused = Launch(config, "new")
-    assert refused.wait() == 2 and "neither a laws file nor a published law" in refused.output
-    assert not refused.folder.exists()
+    code, said = main(0, [str(config), "run.name=new"])
+    assert code == 2 and "neither a laws file nor a published law" in said
+    assert not (tmp_path / "runs" / "new").exists()
