@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from runtime.units import Positive, Section, parse_tokens
 
@@ -55,11 +55,22 @@ class Around(Section):
     """Factors of a value: the base's own, a number, or a law of size and tokens."""
 
     factors: Annotated[list[Above], Field(min_length=1)]
-    around: Literal["base"] | Above | PowerLaw = "base"
+    around: Annotated[
+        Annotated[Literal["base"], Tag("<name>")] | Annotated[Above, Tag("<number>")] | Annotated[PowerLaw, Tag("<law>")],
+        Discriminator(lambda value: {str: "<name>", dict: "<law>", PowerLaw: "<law>"}.get(type(value), "<number>")),
+    ] = "base"
 
 
-Rates = Annotated[list[Above], Field(min_length=1)] | Around
-Batches = Annotated[list[Positive], Field(min_length=1)] | Around
+def _form(value: Any) -> str:
+    return "<around>" if isinstance(value, dict | Around) else "<list>"
+
+
+Rates = Annotated[
+    Annotated[list[Above], Field(min_length=1), Tag("<list>")] | Annotated[Around, Tag("<around>")], Discriminator(_form)
+]
+Batches = Annotated[
+    Annotated[list[Positive], Field(min_length=1), Tag("<list>")] | Annotated[Around, Tag("<around>")], Discriminator(_form)
+]
 Amounts = Annotated[list[Amount], Field(min_length=1)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
 
@@ -201,10 +212,8 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    """One line of a pydantic error; the members of a union are told apart by what they accept."""
-    parts = [str(each) for each in error["loc"] if not re.search(r"[\[(]", str(each))]
-    parts = [each for each in parts if each not in ("Around", "PowerLaw", "constrained-float", "literal['base']", "str")]
-    key = ".".join(parts)
+    """One line of a pydantic error, without the tags of unions in its key."""
+    key = ".".join(str(each) for each in error["loc"] if not str(each).startswith("<"))
     if error["type"] == "extra_forbidden":
         return f"unknown key {key}"
     if error["type"] == "missing":
