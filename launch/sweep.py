@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "fit and plan. See docs/sweeps.md.",
     )
     parser.add_argument("ladder", metavar="LADDER", help="a ladder file, such as configs/ladder-quickstart.toml")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default 1; under Slurm no limit)")
     parser.add_argument("--processes", type=int, metavar="N", help="train each on N processes of this machine")
     parser.add_argument("--list", action="store_true", help="say how each run stands; run nothing")
     parser.add_argument("--dry-run", action="store_true", help="say what each run is and costs; run nothing")
@@ -71,10 +71,9 @@ def sweep(arguments: argparse.Namespace) -> int:
     if arguments.slurm is not None:
         from launch.sweep_slurm import parse_options, submit
 
-        unfinished = submit(arguments.ladder, runs, parse_options(arguments.slurm), arguments.jobs, arguments.processes)
-        if unfinished:
+        if submit(arguments.ladder, runs, parse_options(arguments.slurm), arguments.jobs, arguments.processes):
             return FINISHED
-    elif code := Queue(runs, ladder.stop, arguments.jobs, arguments.processes).run():
+    elif code := Queue(runs, ladder.stop, arguments.jobs or 1, arguments.processes).run():
         return code
     print(f"\n{summary(runs)}", flush=True)
     return afterwards(ladder, runs)

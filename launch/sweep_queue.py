@@ -62,6 +62,8 @@ class Queue:
     jobs: int = 1
     processes: int | None = None
     """Of each run, under torchrun; by default it is one, without."""
+    script: str = str(PRETRAIN)
+    """What trains a run by its configuration."""
     running: list[Launch] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)
     stopping: bool = False
@@ -143,7 +145,7 @@ class Queue:
         before = len(read_rows(run.folder / "events.jsonl"))
         with open(own(run, ".log"), "ab") as log:
             process = subprocess.Popen(
-                [*launcher(self.processes), str(PRETRAIN), str(config)],
+                [*launcher(self.processes), self.script, str(config)],
                 stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
         self.running.append(Launch(run, slot, process, time.monotonic(), before, spent(run)[0]))
