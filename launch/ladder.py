@@ -56,7 +56,9 @@ class Around(Section):
 
     factors: Annotated[list[Above], Field(min_length=1)]
     around: Annotated[
-        Annotated[Literal["base"], Tag("<name>")] | Annotated[Above, Tag("<number>")] | Annotated[PowerLaw, Tag("<law>")],
+        Annotated[Literal["base"], Tag("<name>")]
+        | Annotated[Above, Tag("<number>")]
+        | Annotated[PowerLaw, Tag("<law>")],
         Discriminator(lambda value: {str: "<name>", dict: "<law>", PowerLaw: "<law>"}.get(type(value), "<number>")),
     ] = "base"
 
@@ -66,10 +68,12 @@ def _form(value: Any) -> str:
 
 
 Rates = Annotated[
-    Annotated[list[Above], Field(min_length=1), Tag("<list>")] | Annotated[Around, Tag("<around>")], Discriminator(_form)
+    Annotated[list[Above], Field(min_length=1), Tag("<list>")] | Annotated[Around, Tag("<around>")],
+    Discriminator(_form),
 ]
 Batches = Annotated[
-    Annotated[list[Positive], Field(min_length=1), Tag("<list>")] | Annotated[Around, Tag("<around>")], Discriminator(_form)
+    Annotated[list[Positive], Field(min_length=1), Tag("<list>")] | Annotated[Around, Tag("<around>")],
+    Discriminator(_form),
 ]
 Amounts = Annotated[list[Amount], Field(min_length=1)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]

@@ -14,7 +14,7 @@ from runtime.model.config import ModelConfig
 from runtime.model.counts import Counts, count, flops_per_token
 from runtime.parallel.mesh import plan_layout
 from runtime.persistence import checkpoint_location
-from runtime.units import parse_span, parse_tokens, resolve_span
+from runtime.units import parse_span, resolve_span
 
 FARTHEST = 0.05
 """Share by which a run's tokens may differ from those asked for, to be whole batches of every size of its ladder."""
@@ -230,9 +230,7 @@ def _run(point: Point, model: ModelConfig, config: RunConfiguration) -> Run:
     return Run(point.name, point.size, count(model), config)
 
 
-def _raw(
-    ladder: Ladder, base: Mapping[str, Any], model: ModelConfig, point: Point, tokens: int
-) -> dict[str, Any]:
+def _raw(ladder: Ladder, base: Mapping[str, Any], model: ModelConfig, point: Point, tokens: int) -> dict[str, Any]:
     """The configuration of a run as it would stand in a file."""
     run = dict(base.get("run", {}))
     run.pop("until", None)
@@ -266,9 +264,7 @@ def _decay(schedule: Mapping[str, Any], tokens: int, batch: int, where: str | Pa
     return length
 
 
-def _branch(
-    raw: Mapping[str, Any], trunk: Run, point: Point, at: int, decay: int, where: str
-) -> RunConfiguration:
+def _branch(raw: Mapping[str, Any], trunk: Run, point: Point, at: int, decay: int, where: str) -> RunConfiguration:
     """Of a branch: its parent's configuration, with another end."""
     tail = trunk.config.schedule
     own = laid_over(

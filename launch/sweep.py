@@ -131,7 +131,9 @@ def standing(runs: "Sequence[Run]") -> str:
         rows.append((run.name, found, f"{100 * done:.0f} %", loss, told.reason if told else ""))
     lines = [aligned(rows), summary(runs)]
     if beside := others(runs):
-        lines.append(f"beside them, in the same folder, {len(beside)} runs that are not of this ladder: {beside[0]}, ...")
+        lines.append(
+            f"beside them, in the same folder, {len(beside)} runs that are not of this ladder: {beside[0]}, ..."
+        )
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ class Queue:
     jobs: int = 1
     processes: int | None = None
     """Of each run, under torchrun; by default it is one, without."""
-    script: str = str(PRETRAIN)
+    script: str = field(default_factory=lambda: str(PRETRAIN))
     """What trains a run by its configuration."""
     running: list[Launch] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)
@@ -229,7 +229,8 @@ class Queue:
         alike = [
             each
             for each in self.runs
-            if (each.size, each.end, each.config.run.seed, each.parent) == (run.size, run.end, run.config.run.seed, None)
+            if (each.size, each.end, each.config.run.seed, each.parent)
+            == (run.size, run.end, run.config.run.seed, None)
         ]
         return [read_rows(each.folder / "metrics.jsonl") for each in alike if each.name != run.name]
 

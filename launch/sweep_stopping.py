@@ -60,8 +60,6 @@ def level(rows: Sequence[Row], tokens: int) -> float | None:
 
 
 def _ending(rule: str, tokens: int, lowest: float, reference: float, what: str) -> Ending:
-    reason = (
-        f"at {tokens:,} tokens the lowest of the last {ROWS} logged losses, {lowest:.4f}, is above {what}, {reference:.4f}"
-    )
+    judged = f"at {tokens:,} tokens the lowest of the last {ROWS} logged losses, {lowest:.4f}"
     evidence = {"rule": rule, "tokens": tokens, "loss": lowest, "reference": reference, "rows": ROWS}
-    return Ending("stopped early", reason, evidence)
+    return Ending("stopped early", f"{judged}, is above {what}, {reference:.4f}", evidence)
