@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: the project's root is where its packages are found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from runtime.resilience.exits import BAD_INPUT, FINISHED
+from runtime.resilience.exits import BAD_INPUT, FINISHED, UNIDENTIFIED
 
 if TYPE_CHECKING:
     from launch.ladder import Ladder
@@ -158,7 +158,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def afterwards(ladder: "Ladder", runs: "Sequence[Run]") -> int:
-    """Fit and plan as the ladder says; the first exit code that is not 0."""
+    """Fit and plan as the ladder says; the first exit code that is not 0. Where some law is not identified, what is
+    known of the others is planned with all the same."""
     then, folder = ladder.then, runs[0].folder.parent
     out = Path(then.out or f"{folder}-analysis")
     commands = []
@@ -166,13 +167,16 @@ def afterwards(ladder: "Ladder", runs: "Sequence[Run]") -> int:
         commands.append(["fit", str(folder), *then.fit, "--out", str(out)])
     if then.plan is not None:
         commands.append(["plan", "--laws", str(out / "laws.json"), *then.plan])
+    codes = []
     for verb, *arguments in commands:
         print(f"\n$ {shlex.join(['python', f'launch/{verb}.py', *arguments])}", flush=True)
         code = subprocess.run([sys.executable, str(HERE / f"{verb}.py"), *arguments], check=False).returncode
+        codes.append(code)
         if code:
             print(f"{verb}.py ended with code {code}", file=sys.stderr)
-            return code
-    return FINISHED
+        if code not in (FINISHED, UNIDENTIFIED):
+            break
+    return next(filter(None, codes), FINISHED)
 
 
 if __name__ == "__main__":
