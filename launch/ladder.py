@@ -129,9 +129,9 @@ class ThenConfig(Section):
     def _fit_first(self) -> Self:
         if self.plan is not None and self.fit is None:
             raise ValueError("plan reads the laws that fit writes: give fit too, if only fit = []")
-        for key in ("fit", "plan"):
-            if taken := {"--out", "--laws"} & set(getattr(self, key) or ()):
-                raise ValueError(f"{key}: {taken.pop()} is given by the sweep; the folder is then.out")
+        for key, taken in (("fit", "--out"), ("plan", "--laws")):
+            if taken in (getattr(self, key) or ()):
+                raise ValueError(f"{key}: {taken} is given by the sweep; the folder is then.out")
         return self
 
 
