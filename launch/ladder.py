@@ -224,4 +224,5 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key} is required"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    return f"{key}: {message} (got {error['input']!r})" if key and not isinstance(error["input"], dict) else message
+    given = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{key}: {message}{given}" if key else message

@@ -85,7 +85,8 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.size}-{self.amount}-lr{self.lr:g}-b{self.sequences}-s{self.seed}"
+        rate = f"{self.lr:g}".replace("+", "")
+        return f"{self.size}-{self.amount}-lr{rate}-b{self.sequences}-s{self.seed}"
 
 
 def plan(ladder: Ladder, base: Mapping[str, Any], where: str | Path, processes: int = 1) -> list[Run]:

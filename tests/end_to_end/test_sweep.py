@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,17 +89,24 @@ def write_ladder(folder: Path, **changes) -> Path:
 LONG, SHORT = f"small-{16 * BATCH}-lr0.01-b8-s0", f"small-{8 * BATCH}-lr0.01-b8-s0"
 
 
-def terminate_when(path: Path) -> threading.Thread:
-    """Have this process be told to stop as soon as a file is there."""
+@contextmanager
+def told_to_stop_when(path: Path) -> Iterator[None]:
+    """Have this process get SIGTERM as soon as a file is there."""
+    done = threading.Event()
 
     def watch() -> None:
-        while not path.exists():
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        while not done.wait(0.001):
+            if path.exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +116,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "heldout"):
         write_corpus(folder / "data" / name, documents=60, seed=len(name))
     path = write_ladder(folder, lr=[1e-2, 1e20])
-    watcher = terminate_when(folder / "runs" / "tiny" / "sweep" / f"{LONG}.log")
-    assert sweep.main([str(path)]) == 75
-    watcher.join()
+    with told_to_stop_when(folder / "runs" / "tiny" / "sweep" / f"{LONG}.log"):
+        assert sweep.main([str(path)]) == 75
     assert not (folder / "runs" / "tiny" / SHORT).exists()
     assert sweep.main([str(path), "--jobs", "2"]) == 0
     return folder
@@ -124,7 +132,7 @@ def test_a_ladder_runs_to_its_end_and_records_what_diverged(real, capsys):
     lines = capsys.readouterr().out.splitlines()
     states = {line.split()[0]: line.split()[1] for line in lines[1:5]}
     assert states[LONG] == states[SHORT] == "finished"
-    assert [states[name] for name in states if "1e+20" in name] == ["diverged", "no"]
+    assert [states[name] for name in states if "1e20" in name] == ["diverged", "no"]
     known = json.loads((real / "runs" / "tiny" / SHORT / "run.json").read_text())
     assert known["parent"]["run"] == LONG and known["schedule"]["horizon_tokens"] == 8 * BATCH
 
