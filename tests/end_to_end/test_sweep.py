@@ -15,6 +15,7 @@ import tomli_w
 
 from launch import sweep, sweep_queue
 from launch.config import dump
+from launch.ladder import laid_over
 from launch.sweep_store import ending, locked, own
 from runtime.observe.jsonl import read_rows
 from tests.corpus import tiny_run, write_corpus
@@ -304,3 +305,25 @@ def test_two_runs_at_a_time_have_gpus_of_their_own_where_there_are_as_many(monke
 def test_a_file_that_a_sweep_keeps_lies_beside_the_runs(tmp_path):
     _, runs = sweep.open_ladder(str(write_ladder(tmp_path)))
     assert own(runs[0], ".log") == tmp_path / "runs" / "tiny" / "sweep" / f"{LONG}.log"
+
+
+def test_the_quickstart_ladder_reduced(real):
+    """Its own file, with one small column of runs on the corpus that is there."""
+    raw = tomllib.loads((sweep.HERE.parent / "configs" / "ladder-quickstart.toml").read_text())
+    raw |= {"base": str(sweep.HERE.parent / "configs" / raw["base"]), "tokens": ["8K", "16K"], "then": {}}
+    raw |= {"sizes": raw["sizes"][:1], "grids": [{"lr": [8e-3], "batch": [8]}]}
+    data, tokens = real / "data", {"schedule": {"warmup": "2K"}}
+    changes = {
+        "run": {"dir": str(real / "runs")},
+        "model": {"vocab_size": 61},
+        "data": {"sources": [{"path": str(data / "train")}]},
+        "evaluation": {"sets": [{"name": "heldout", "path": str(data / "heldout")}], "max_sequences": 8},
+    }
+    raw["overrides"] = laid_over(laid_over(raw["overrides"], changes), tokens)
+    path = real / "quickstart.toml"
+    path.write_text(tomli_w.dumps(raw))
+    assert sweep.main([str(path)]) == 0
+    folders = sorted((real / "runs" / raw["name"]).glob("h32-*"))
+    assert [folder.name for folder in folders] == ["h32-16K-lr0.008-b8-s0", "h32-8K-lr0.008-b8-s0"]
+    losses = [read_rows(folder / "evaluations.jsonl")[-1] for folder in folders]
+    assert [row["tokens"] for row in losses] == [16_384, 8_192] and losses[0]["loss"] < losses[1]["loss"]

@@ -142,7 +142,7 @@ REFUSED = {
     "a law": ({"lr": {"factors": [1], "around": {"N": 1}}}, {}, "lr.around.coefficient is required"),
     "a size of a grid": ({"grids": [{"sizes": ["tiny"]}]}, {}, "grids.0.sizes: 'tiny' is none of small, large"),
     "two sizes of a name": ({"sizes": [SMALL, SMALL]}, {}, "sizes need distinct names, got small, small"),
-    "a size without one": ({"sizes": [{"name": "x"}]}, {}, "sizes.0: size x: give one of model = {...}, total and non_embedding"),
+    "a size without one": ({"sizes": [{"name": "x"}]}, {}, "sizes.0: size x: give one of model = {...}"),
     "a size that cannot be": (
         {"sizes": [{"name": "x", "model": {"num_heads": 3}}]}, {}, "size x: model: num_heads 3 is not a multiple",
     ),
