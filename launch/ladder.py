@@ -109,7 +109,7 @@ class GridConfig(Section):
 class StopConfig(Section):
     """When a run is hopeless. Always so where its loss is above that of its first step after twice its warm-up."""
 
-    after: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    after: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of a run's tokens before which the next two say nothing."""
     unigram: bool = True
     """Stop a run whose loss is above that of a model which sees no context, where the held-out set tells it."""

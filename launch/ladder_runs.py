@@ -281,12 +281,15 @@ def _branch(raw: Mapping[str, Any], trunk: Run, point: Point, at: int, decay: in
 
 def sized(size: SizeConfig, base: Mapping[str, Any], where: str | Path) -> ModelConfig:
     """The model of a size. ValueError for one that cannot be."""
-    raw = {"run": {"name": size.name}, "optim": {"lr": 1.0}, "batch": {"sequences": 1}, **deepcopy(dict(base))}
-    raw["schedule"] = {"kind": "constant", "horizon": 1, "warmup": 0}
-    raw = {key: value for key, value in raw.items() if key in ("run", "model", "data", "batch", "optim", "schedule")}
-    raw["optim"], raw["batch"] = {"lr": 1.0}, {"sequences": 1}
-    changed = laid_over(raw, {"model": size.model})
-    model = validated(changed, (), f"{where}, size {size.name}").model
+    raw = {
+        "run": {"name": size.name},
+        "model": laid_over(base.get("model", {}), size.model),
+        "data": base.get("data", {}),
+        "batch": {"sequences": 1},
+        "optim": {"lr": 1.0},
+        "schedule": {"kind": "constant", "horizon": 1, "warmup": 0},
+    }
+    model = validated(deepcopy(raw), (), f"{where}, size {size.name}").model
     if size.model:
         return model
     kind, wanted = ("total", size.total) if size.total is not None else ("non_embedding", size.non_embedding)

@@ -4,11 +4,12 @@
                    sweep/<run>.toml            the configuration that it was launched with
                          <run>.log             what its launches printed
                          <run>.json            how it ended, where that was not as planned
-                         <run>.lock            held while a sweep has it to run
+                         <run>.lock            held while a sweep has it and its branches to run
 """
 
 import fcntl
 import json
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -102,12 +103,15 @@ def branch_point(run: Run, parent: Run) -> str | None:
 
 
 def write_config(run: Run, parent: Run | None) -> Path:
-    """The file to launch a run by: its own, once it has begun."""
+    """The file to launch a run by. One that has begun keeps the way it is got, which a longer ladder may have changed."""
+    raw = run.config.model_dump(mode="json", by_alias=True, exclude_none=True)
     there = run.folder / "config.toml"
     if there.exists():
-        return there
-    raw = run.config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    if parent is not None:
+        known = tomllib.loads(there.read_text(encoding="utf-8"))
+        raw |= {"schedule": known["schedule"], "start": known.get("start", {})}
+        points = {*raw["checkpoint"].get("at", []), *known["checkpoint"].get("at", [])}
+        raw["checkpoint"]["at"] = sorted(points)
+    elif parent is not None:
         raw["start"] = {"from": branch_point(run, parent), "carry": "all"}
     path = own(run, ".toml")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +176,7 @@ def tail(path: Path, number: int, reach: int = 1 << 16) -> list[Row]:
 def locked(runs: Sequence[Run]) -> Iterator[None]:
     """Have these runs to oneself. ValueError if another sweep has one of them."""
     with ExitStack() as held:
-        for run in runs:
+        for run in (each for each in runs if each.parent is None):
             path = own(run, ".lock")
             path.parent.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(open(path, "w"))
