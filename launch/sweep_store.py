@@ -103,7 +103,7 @@ def branch_point(run: Run, parent: Run) -> str | None:
 
 
 def write_config(run: Run, parent: Run | None) -> Path:
-    """The file to launch a run by. One that has begun keeps the way it is got, which a longer ladder may have changed."""
+    """The file to launch a run by. One that has begun keeps the way it is got, which a longer ladder may change."""
     raw = run.config.model_dump(mode="json", by_alias=True, exclude_none=True)
     there = run.folder / "config.toml"
     if there.exists():

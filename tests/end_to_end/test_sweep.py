@@ -16,7 +16,7 @@ import tomli_w
 from launch import sweep, sweep_queue
 from launch.config import dump
 from launch.ladder import laid_over
-from launch.sweep_store import ending, locked, own
+from launch.sweep_store import ending, locked, own, write_config
 from runtime.observe.jsonl import read_rows
 from tests.corpus import tiny_run, write_corpus
 
@@ -248,6 +248,20 @@ def test_the_runs_come_in_order_and_branches_when_their_parent_has_come_so_far(s
     path = write_ladder(stand_in, lr=[1e-2, 2e-2])
     assert sweep.main([str(path)]) == 0
     assert order(stand_in) == [LONG, SHORT, LONG.replace("0.01", "0.02"), SHORT.replace("0.01", "0.02")]
+
+
+def test_a_run_that_has_begun_goes_on_as_it_began_though_the_ladder_is_longer_now(tmp_path):
+    _, runs = sweep.open_ladder(str(write_ladder(tmp_path)))
+    runs[0].folder.mkdir(parents=True)
+    (runs[0].folder / "config.toml").write_bytes(write_config(runs[0], None).read_bytes())
+    amounts = [4 * BATCH, 8 * BATCH, 16 * BATCH, 32 * BATCH]
+    longer = write_ladder(tmp_path, tokens=amounts, overrides={"observe": {"log_every": 7}})
+    parent, *branches = sweep.open_ladder(str(longer))[1]
+    assert [run.parent for run in branches] == [parent.name] * 3 and branches[0].name == LONG
+    config = tomllib.loads(write_config(branches[0], parent).read_text())
+    assert config["schedule"]["horizon"] == 16 * BATCH and "at" not in config["schedule"].get("branch", {})
+    assert not config["start"].get("from") and config["observe"]["log_every"] == 7
+    assert config["checkpoint"]["at"] == [6 * BATCH]
 
 
 def test_a_ladder_is_run_by_one_sweep_at_a_time(stand_in, capsys):
