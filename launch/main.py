@@ -9,6 +9,8 @@ VERBS = {
     "sample": "generate text from a checkpoint",
     "branch": "anneal stable checkpoints, in a fan of runs of their own",
     "merge": "average checkpoints of a run",
+    "sweep": "run a ladder of sizes, tokens, learning rates and batches",
+    "compare": "say what runs cost to the same loss",
     "grow": "make a checkpoint's model larger",
     "sharpness": "measure the curvature of a checkpoint's loss, and the rates it is stable at",
     "plan": "say what laws propose for a run to come, and write its configuration",
