@@ -165,9 +165,9 @@ class Analysis:
     """Approaches 1 and 2: exponents of N and D in C, and the points they rest on, as JSON."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Command, versions, time, fingerprints, options."""
-    fitted: np.ndarray | None = None
-    """(rows,) of bool: the rows that loss laws were fitted to, where these are fewer than the used ones: the best run
-    of each cell of a grid of lr and batch."""
+    fitted: tuple[int, ...] = ()
+    """The rows that loss laws were fitted to, by number, where these are fewer than the used ones: the best run of each
+    cell of a grid of lr and batch."""
 
     def best(self, quantity: str) -> Fit | None:
         """The first fit of a quantity, which is the chosen one."""
