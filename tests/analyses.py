@@ -1,4 +1,4 @@
-"""An analysis made by hand, so that the report is tested alone: two laws in a truth that is known, and hostile names."""
+"""An analysis made by hand, so that the report is tested alone: two laws of a known truth, and hostile names."""
 
 import numpy as np
 import pandas as pd
@@ -98,7 +98,7 @@ def table(sizes: int = 4, tokens: int = 4, rates: int = 5, batches: int = 4, see
 def bowls(runs: RunTable) -> tuple[Bowl, ...]:
     """The optimum of each cell, the first beyond the edge of its grid and the second without a vertex."""
     found = []
-    for place, ((size, data), cell) in enumerate(runs.frame.groupby(["non_embedding", "tokens"])):
+    for (size, data), cell in runs.frame.groupby(["non_embedding", "tokens"]):
         rate, batch = 1.8 * size**-0.7 * data**0.3, 0.58 * data**0.571
         best = cell.loc[cell["loss"].idxmin(), ["lr", "batch_tokens", "loss"]].to_dict()
         lr, tokens = (Estimate(each, each / 1.2, each * 1.2) for each in (rate, batch))

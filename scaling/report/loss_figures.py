@@ -208,5 +208,5 @@ def _density(axis: Axes, values: np.ndarray) -> None:
     counts, edges = np.histogram(values[(values >= low) & (values <= high)], 24)
     axis.fill_between(edges, np.append(counts, counts[-1]), step="post", color=BLUE, alpha=0.35, linewidth=0)
     inner = [low + 0.1 * (high - low), high - 0.1 * (high - low)]
-    axis.set_xticks(inner, [number(each, 2) for each in inner])
+    axis.set_xticks(inner, [number(each, 3) for each in inner])
     axis.set_ylim(bottom=0)

@@ -40,7 +40,7 @@ def number(value: float, digits: int = 4) -> str:
     if math.isnan(value):
         return "—"
     if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
+        return "∞" if value > 0 else "-∞"
     return f"{value:.{digits}g}".replace("e+", "e").replace("e0", "e").replace("e-0", "e-")
 
 
