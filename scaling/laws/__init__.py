@@ -1,8 +1,17 @@
 """The laws by name."""
 
+from scaling.laws.chinchilla import Chinchilla, ChinchillaTied
+from scaling.laws.kaplan import Kaplan
 from scaling.laws.law import Law
 
-LAWS: dict[str, Law] = {law.name: law for law in ()}
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        Chinchilla(),
+        ChinchillaTied(),
+        Kaplan(),
+    )
+}
 
 
 def find(name: str) -> Law:

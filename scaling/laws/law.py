@@ -61,6 +61,10 @@ class Law(ABC):
     """Paper and equation."""
     inputs: tuple[str, ...]
     parameters: tuple[Parameter, ...]
+    coefficients: tuple[str, ...] = ()
+    """Parameters in which the quantity itself is linear, with no other term: least squares gives them for the rest."""
+    floor: str = ""
+    """The parameter that is the irreducible loss, if there is one."""
 
     @abstractmethod
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,1 @@
+"""From a law and rows to its parameters, their intervals and verdicts on them."""

@@ -1,0 +1,164 @@
+"""Levenberg-Marquardt with reweighting, for many parameter vectors at once.
+
+Starts of a fit, replicates of a bootstrap and points of a profile are problems of one shape, so that one pass of NumPy
+evaluates the law and its Jacobian for all of them. Of Huber's loss with threshold t, the Gauss-Newton matrix counts the
+rows with |r| <= t alone (fast near the optimum, bold far from it), that of iterative reweighting counts the others by
+t / |r| (slow, and never uphill for a linear law). The damping goes from the one to the other, and from there to
+Marquardt's: so the way of a fit depends neither on the units nor on the centring of its inputs until damping is large.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.fitting.objective import Objective, huber, spread
+from scaling.laws.law import Inputs, Law
+
+CHUNK = 250_000
+"""Numbers of the Jacobian of the problems that are worked on at once: they stay in the cache."""
+EASING = 8.0
+"""A small threshold is reached by way of larger ones: the second is this many times smaller, the third this squared."""
+ROUGH = 1e-4
+"""Tolerance of the fits on the way to the objective's own threshold."""
+RIDGE = 1e-11
+"""Of the diagonal, for problems whose parameters are not identified."""
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """Of S problems."""
+
+    coordinates: np.ndarray
+    """(S, K)."""
+    residuals: np.ndarray
+    """(S, n): ln of the measured less ln of the predicted quantity."""
+    objective: np.ndarray
+    """(S,); infinite where the law cannot be evaluated."""
+    converged: np.ndarray
+    """(S,) of bool."""
+
+
+def minimise(
+    law: Law,
+    x: Inputs,
+    targets: np.ndarray,
+    starts: np.ndarray,
+    objective: Objective,
+    *,
+    weights: np.ndarray | None = None,
+    free: np.ndarray | None = None,
+    tolerance: float = 1e-13,
+    iterations: int = 300,
+) -> Solutions:
+    """The minimum of the objective that each start (S, K) leads to, within the law's bounds.
+
+    targets: ln of the measured quantity, (n,) or (S, n). weights: of the rows, (S, n), 1 if not given. free: (K,) of
+    bool; the other coordinates stay as they start. A problem has converged when the next step would reduce its
+    objective by less than `tolerance` of it.
+    """
+    count, rows = len(starts), np.shape(targets)[-1]
+    targets = np.broadcast_to(targets, (count, rows))
+    weights = np.broadcast_to(1.0 if weights is None else weights, (count, rows))
+    free = np.ones(starts.shape[1], bool) if free is None else free
+    size = max(1, CHUNK // (rows * starts.shape[1]))
+    coordinates, converged = np.array(starts, dtype=float), np.zeros(count, bool)
+    with np.errstate(all="ignore"):
+        for begin in range(0, count, size):
+            part = slice(begin, begin + size)
+            work = _Work(law, x, objective, free, targets[part], weights[part], coordinates[part])
+            work.run(tolerance, iterations, coordinates[part], converged[part])
+        residuals = targets - law.log_value(coordinates, x)
+        value = objective.value(residuals, weights)
+    return Solutions(coordinates, residuals, np.where(np.isfinite(value), value, np.inf), converged)
+
+
+class _Work:
+    """The problems in work. `number` is where each is reported; the finished ones are dropped from all arrays."""
+
+    ARRAYS = (
+        "number", "targets", "weights", "coordinates", "residuals", "slopes", "threshold", "loss", "damping", "growth",
+        "easing", "is_last",
+    )  # fmt: skip
+
+    def __init__(self, law, x, objective, free, targets, weights, starts):
+        low, high = law.bounds()
+        self.law, self.x, self.objective = law, x, objective
+        self.low, self.high, self.free = np.where(free, low, -np.inf), np.where(free, high, np.inf), free
+        self.number, self.targets, self.weights = np.arange(len(starts)), targets, weights
+        self.coordinates = np.clip(starts, self.low, self.high)
+        self.residuals, self.slopes = self.evaluate(self.coordinates)
+        goal = objective.threshold(self.residuals, weights)
+        self.threshold = np.maximum(goal, spread(self.residuals, weights))
+        self.easing, self.is_last = np.full(len(starts), EASING), goal >= self.threshold
+        self.loss = self.losses(self.residuals)
+        self.damping, self.growth = np.ones(len(starts)), np.full(len(starts), 4.0)
+
+    def run(self, tolerance, iterations, coordinates, converged):
+        """Works until all have converged; writes into the last two arguments, (S, K) and (S,)."""
+        self.keep(np.isfinite(self.loss))
+        for _ in range(iterations):
+            if not len(self.number):
+                break
+            predicted = self.advance()
+            coordinates[self.number] = self.coordinates
+            enough = np.where(self.is_last, tolerance, max(tolerance, ROUGH)) * self.loss + 1e-30
+            settled = (self.damping <= 1) & (predicted <= enough) | (self.damping > 1e12)
+            if settled.any():
+                settled[settled] = ~self.ease(settled)
+                converged[self.number[settled]] = True
+            if settled.mean() > 0.2:
+                self.keep(~settled)
+
+    def evaluate(self, coordinates):
+        values, slopes = self.law.evaluate(coordinates, self.x)
+        return self.targets - values, slopes.swapaxes(1, 2)
+
+    def losses(self, residuals):
+        return (self.weights * huber(residuals, self.threshold[:, None])).sum(axis=-1)
+
+    def keep(self, kept):
+        for name in self.ARRAYS:
+            setattr(self, name, getattr(self, name)[kept])
+
+    def advance(self) -> np.ndarray:
+        """One step of each, taken where it goes downhill; the reduction that was predicted, (S,)."""
+        step, predicted = self.step()
+        trial = np.clip(self.coordinates + step, self.low, self.high)
+        residuals, slopes = self.evaluate(trial)
+        losses = self.losses(residuals)
+        better = losses < self.loss
+        self.coordinates[better], self.residuals[better] = trial[better], residuals[better]
+        self.slopes[better], self.loss[better] = slopes[better], losses[better]
+        self.damping = np.where(better, np.maximum(self.damping / 8, 1e-5), self.damping * self.growth)
+        self.growth = np.where(better, 4.0, 2 * self.growth)
+        return predicted
+
+    def step(self) -> tuple[np.ndarray, np.ndarray]:
+        """The step of each (S, K), and the reduction of the objective that it would bring to a quadratic one, (S,)."""
+        absolute, threshold = np.abs(self.residuals), self.threshold[:, None]
+        ratio = np.minimum(threshold / np.maximum(absolute, 1e-300), 1)
+        downhill = (self.slopes @ (self.weights * ratio * self.residuals)[..., None])[..., 0]
+        curvature = self.weights * np.where(ratio < 1, np.minimum(self.damping, 1)[:, None] * ratio, 1)
+        matrix = (self.slopes * curvature[:, None]) @ self.slopes.swapaxes(1, 2)
+        held = (self.coordinates <= self.low) & (downhill < 0) | (self.coordinates >= self.high) & (downhill > 0)
+        held |= ~self.free
+        downhill = np.where(held, 0, downhill)
+        matrix *= ~held[:, None] & ~held[..., None]
+        diagonal = np.einsum("skk->sk", matrix)
+        diagonal *= 1 + RIDGE + 0.01 * np.maximum(self.damping - 1, 0)[:, None]
+        diagonal += np.where(diagonal > 0, 0, 1)
+        step = np.linalg.solve(matrix, downhill[..., None])[..., 0]
+        return step, (downhill * step).sum(axis=-1) / 2
+
+    def ease(self, settled) -> np.ndarray:
+        """Lowers the threshold of the settled problems towards the objective's; which of them had not reached it."""
+        goal = self.objective.threshold(self.residuals[settled], self.weights[settled])
+        threshold = self.threshold[settled]
+        lower = np.maximum(goal, threshold / self.easing[settled])
+        eased = ~self.is_last[settled] | (lower < threshold * (1 - 1e-6))
+        self.is_last[settled] = lower == goal
+        self.easing[settled] *= EASING
+        self.threshold[settled] = np.where(eased, lower, threshold)
+        self.damping[settled] = np.where(eased, 0.1, self.damping[settled])
+        self.loss = self.losses(self.residuals)
+        return eased
