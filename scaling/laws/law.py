@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-Quantity = Literal["loss", "lr", "batch_tokens", "critical_batch", "growth_tokens"]
+Quantity = Literal["loss", "lr", "max_lr", "batch_tokens", "critical_batch", "timescale", "growth_tokens"]
 Inputs = Mapping[str, np.ndarray]
 """Of each row, by symbol: N, D, and what else a law names; all positive, each of shape (rows,)."""
 
