@@ -152,6 +152,9 @@ def parse(text: str) -> PowerLaw:
             raise ValueError(f"law {text!r}: {quantity} stands on both sides")
         else:
             _add(powers, base, sign, exponent)
+    weights = [weight for each in powers.values() for weight in each.values()]
+    if not all(0 < abs(weight) <= 20 for weight in weights) or not 0 < number < float("inf"):
+        raise ValueError(f"law {text!r}: accepted are exponents up to 20 that do not cancel, and a finite number")
     if len(constants) > 1 or (constants and number != 1.0):
         raise ValueError(f"law {text!r}: accepted is one constant; {', '.join(constants)} cannot be told apart")
     law = PowerLaw(
