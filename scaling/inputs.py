@@ -1,11 +1,10 @@
-"""The inputs of a law, taken from the rows of a table or from the cells of bowls."""
+"""The inputs of a law, taken from the rows of a table."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from scaling.laws.law import Inputs
-from scaling.results import Bowl
 from scaling.table import RunTable, column_of
 
 
@@ -27,21 +26,3 @@ def of_rows(table: RunTable, symbols: Iterable[str], size: str) -> Inputs:
         else:
             found[symbol] = table.numbers(column) if table.has(column) else np.full(len(table), np.nan)
     return found
-
-
-def of_cell(cell: Mapping[str, float], symbols: Iterable[str], size: str) -> dict[str, float]:
-    """The same of one cell, given by column; NaN where it does not tell."""
-    found = {symbol: float(cell.get(column_of(symbol, size), np.nan)) for symbol in symbols}
-    if "C" in found and np.isnan(found["C"]):
-        found["C"] = 6 * float(cell.get(size, np.nan)) * float(cell.get("tokens", np.nan))
-    return found
-
-
-def of_bowls(bowls: Sequence[Bowl], symbols: Iterable[str], size: str) -> Inputs:
-    """The same of many cells, (bowls,) each; lr and batch_tokens are those of the optimum."""
-    symbols = tuple(symbols)
-    rows = []
-    for bowl in bowls:
-        optimum = {name: value.value for name in ("lr", "batch_tokens") if (value := getattr(bowl, name)) is not None}
-        rows.append(of_cell({**optimum, **bowl.cell}, symbols, size))
-    return {symbol: np.array([row[symbol] for row in rows]) for symbol in symbols}

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from scaling.laws.law import Inputs, Law, Parameter
+from scaling.laws import find
 from scaling.results import Analysis, Bowl, Decision, Estimate, Fit, HeldOut, Plateau, Verdict
 from scaling.table import RunTable, tidy
 
@@ -16,52 +16,16 @@ HOSTILE = (
 )
 
 
-class Surface(Law):
-    """E + A N^-alpha + B D^-beta, for tests of what is shown."""
-
-    name, formula, source = "surface", "L = E + A N^-alpha + B D^-beta", "made for tests"
-    inputs = ("N", "D")
-    parameters = (
-        Parameter("E", 0.1, 10, (1, 2), "loss of the text itself", logarithmic=True),
-        Parameter("A", 1, 1e6, (1, 1e3), logarithmic=True),
-        Parameter("B", 1, 1e6, (1, 1e3), logarithmic=True),
-        Parameter("alpha", 0.0, 2.0, (0.1, 1)),
-        Parameter("beta", 0.0, 2.0, (0.1, 1)),
-    )
-
-    def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
-        e, a, b, alpha, beta = (coordinates[:, place, None] for place in range(5))
-        size, data = np.exp(a - alpha * np.log(x["N"])), np.exp(b - beta * np.log(x["D"]))
-        value = np.exp(e) + size + data
-        slopes = [np.exp(e) + 0 * value, size, data, -size * np.log(x["N"]), -data * np.log(x["D"])]
-        return np.log(value), np.stack(slopes, axis=-1) / value[..., None]
-
-
-class Rate(Law):
-    """m N^a D^b, for tests of what is shown."""
-
-    name, quantity, formula, source = "rate", "lr", "lr = m N^a D^b", "made for tests"
-    inputs = ("N", "D")
-    parameters = (
-        Parameter("m", 1e-6, 1e6, (0.1, 10), logarithmic=True),
-        Parameter("a", -3.0, 3.0, (-1, 1)),
-        Parameter("b", -3.0, 3.0, (-1, 1)),
-    )
-
-    def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
-        slopes = np.stack([np.ones_like(x["N"]), np.log(x["N"]), np.log(x["D"])], axis=-1)
-        return coordinates @ slopes.T, np.broadcast_to(slopes, (len(coordinates), *slopes.shape))
-
-
 TRUTHS = {
-    "surface": {"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.34, "beta": 0.28},
-    "rate": {"m": 1.8, "a": -0.7, "b": 0.3},
+    "chinchilla": {"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.34, "beta": 0.28},
+    "step_law_lr": {"c": 1.8, "a": -0.7, "b": 0.3},
 }
 
 
-def fit(law: Law, size: str, rows: int, verdicts: tuple[Verdict, ...] = (), spans=()) -> Fit:
+def fit(name: str, size: str, rows: int, verdicts: tuple[Verdict, ...] = (), spans=()) -> Fit:
     """Draws of the truth, 2 % wide in each coordinate."""
-    center = law.coordinates(TRUTHS[law.name])
+    law = find(name)
+    center = law.coordinates(TRUTHS[name])
     draws = center + 0.02 * np.abs(center) * np.random.default_rng(0).standard_normal((200, len(center)))
     values = np.stack([p.value(draws[:, place]) for place, p in enumerate(law.parameters)], axis=1)
     low, high = np.quantile(values, (0.025, 0.975), axis=0)
@@ -70,7 +34,7 @@ def fit(law: Law, size: str, rows: int, verdicts: tuple[Verdict, ...] = (), span
         for place, p in enumerate(law.parameters)
     }
     details = {"estimator": "Huber 0.001", "starts": 200, "share": 0.98, "profile": {"E": [1.6, 1.8]}}
-    return Fit(law.name, size, center, draws, estimates, 0.002, rows, rows, dict(spans), verdicts, details=details)
+    return Fit(name, size, center, draws, estimates, 0.002, rows, rows, dict(spans), verdicts, details=details)
 
 
 def table(sizes: int = 4, tokens: int = 4, rates: int = 5, batches: int = 4, seed: int = 0) -> RunTable:
@@ -103,10 +67,26 @@ def bowls(runs: RunTable) -> tuple[Bowl, ...]:
         best = cell.loc[cell["loss"].idxmin(), ["lr", "batch_tokens", "loss"]].to_dict()
         lr, tokens = (Estimate(each, each / 1.2, each * 1.2) for each in (rate, batch))
         loss = 1.7 + 400 * size**-0.34 + 410 * data**-0.28
-        made = Bowl({"non_embedding": size, "tokens": data}, len(cell), lr, tokens, loss, (0.01, -0.003, 0.012), 0.02)
+        made = Bowl(
+            {"non_embedding": size, "tokens": data, "flops": 6 * size * data},
+            len(cell),
+            lr,
+            tokens,
+            loss,
+            (0.01, -0.003, 0.012),
+            0.02,
+        )
         found.append(Bowl(**{**made.__dict__, "best": best}))
-    edge, bare = found[0], found[1]
-    found[0] = Bowl(**{**edge.__dict__, "lr": None, "curvature": (), "censored": {"lr": "above"}, "note": HOSTILE[0]})
+    edge, bare, best = found[0], found[1], found[0].best
+    found[0] = Bowl(
+        **{
+            **edge.__dict__,
+            "lr": Estimate(best["lr"], best["lr"], np.inf),
+            "curvature": (),
+            "censored": {"lr": "above"},
+            "note": HOSTILE[0],
+        }
+    )
     found[1] = Bowl(**{**bare.__dict__, "lr": None, "batch_tokens": None, "curvature": (), "note": "no convex bowl"})
     return tuple(found)
 
@@ -131,10 +111,9 @@ def analysis(runs: RunTable | None = None) -> Analysis:
     best = runs.frame[used].groupby(["non_embedding", "tokens"])["loss"].idxmin()
     spans = {"N": (6e7, 1e9), "D": (6e8, 2e11), "C": (2e17, 1.2e21)}
     weak = (Verdict("warning", "condition", "condition number 2e6"), Verdict("ok", "starts", "98 % found it"))
-    surface, rate = Surface(), Rate()
     truth = 1.7 + 400 * runs.numbers("non_embedding")[:8] ** -0.34 + 410 * runs.numbers("tokens")[:8] ** -0.28
     held = tuple(
-        HeldOut("surface", "non_embedding", split, 12, 4, error, error / 3, -error / 2, 0.95, tuple(truth),
+        HeldOut("chinchilla", "non_embedding", split, 12, 4, error, error / 3, -error / 2, 0.95, tuple(truth),
                 tuple(truth * (1 + error)))
         for split, error in (("largest compute", 0.004), (HOSTILE[0], 0.002))
     )  # fmt: skip
@@ -145,7 +124,7 @@ def analysis(runs: RunTable | None = None) -> Analysis:
             Verdict("warning", "diverged", f"1 run diverged: {HOSTILE[0]}"),
             Verdict("ok", "pooled", "one data mix"),
         ),
-        fits=(fit(surface, "non_embedding", 16, weak, spans.items()), fit(rate, "non_embedding", 16)),
+        fits=(fit("chinchilla", "non_embedding", 16, weak, spans.items()), fit("step_law_lr", "non_embedding", 16)),
         held_out=held,
         bowls=bowls(runs.where(used)),
         decisions=(decision(),),

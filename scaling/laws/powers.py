@@ -105,7 +105,9 @@ CURVED_LR = PowerLaw(
     (N_A, D_B),
     (Bend("q", {"N": 1, "D": 1}, 1e19),),
 )
-STABLE_LR = PowerLaw("stable_lr", "max_lr", "max_lr = c * N^a * D^b * B^g", "where half of the runs diverge", (N_A, D_B, B_G))
+STABLE_LR = PowerLaw(
+    "stable_lr", "max_lr", "max_lr = c * N^a * D^b * B^g", "where half of the runs diverge", (N_A, D_B, B_G)
+)
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FACTOR = re.compile(
@@ -136,7 +138,9 @@ def parse(text: str) -> PowerLaw:
     """
     quantity, equals, right = (part.strip() for part in text.partition("="))
     if not equals or quantity not in get_args(Quantity):
-        raise ValueError(f"law {text!r}: accepted is one of {', '.join(get_args(Quantity))}, '=' and a product, {_GRAMMAR}")
+        raise ValueError(
+            f"law {text!r}: accepted is one of {', '.join(get_args(Quantity))}, '=' and a product, {_GRAMMAR}"
+        )
     constants: list[str] = []
     number, powers = 1.0, {}
     for base, sign, exponent in _factors(text, right):
@@ -167,7 +171,9 @@ def parse(text: str) -> PowerLaw:
     )
     names = [each.name for each in law.parameters]
     if not names or not law.inputs or len(set(names)) < len(names):
-        raise ValueError(f"law {text!r}: accepted is a constant or an exponent to fit, each under its own name, {_GRAMMAR}")
+        raise ValueError(
+            f"law {text!r}: accepted is a constant or an exponent to fit, each under its own name, {_GRAMMAR}"
+        )
     return law
 
 

@@ -81,7 +81,9 @@ def _convex(
     """The bowl by a quadratic over the `fitted` settings, other varied ones at their best run's; None if not convex."""
     others = [name for name in varied if name not in fitted]
     best = int(np.argmin(cell.loss))
-    slice_ = np.all([levels(axes[name]) == levels(axes[name])[best] for name in others], axis=0) | np.zeros(len(cell), bool)
+    slice_ = np.all([levels(axes[name]) == levels(axes[name])[best] for name in others], axis=0) | np.zeros(
+        len(cell), bool
+    )
     if others and len(set(levels(axes[others[0]]))) >= 3 and len(fitted) == 1:
         return None  # a plane that has no bowl in it is told by its best run, not by one line of it
     z = np.log(np.column_stack([axes[name] for name in fitted]))[slice_]
@@ -149,9 +151,7 @@ def _checked(
     return replace(found, note="; ".join(notes))
 
 
-def _of_grid(
-    cell: Cell, axes: dict[str, np.ndarray], names: list[str]
-) -> tuple[dict[str, Estimate], dict[str, Side]]:
+def _of_grid(cell: Cell, axes: dict[str, np.ndarray], names: list[str]) -> tuple[dict[str, Estimate], dict[str, Side]]:
     """Of each setting the best run's value, between its neighbours on the grid; without a standard error."""
     estimates, censored = {}, {}
     best = int(np.argmin(cell.loss))
@@ -229,4 +229,3 @@ def _least_squares(z: np.ndarray, y: np.ndarray) -> tuple[Quadratic | None, np.n
     level = coefficients[0] + 0.5 * gradient @ vertex
     leverage = np.minimum((q**2).sum(axis=1), 1 - 1e-6)
     return Quadratic(centre + vertex, errors, h, float(level), freedom, n, 0), residuals / (1 - leverage)
-

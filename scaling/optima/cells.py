@@ -143,7 +143,9 @@ def inputs(law: Law, settings: Sequence[Mapping[str, float]], size: str) -> Inpu
             there = sorted(set.intersection(*(set(each) for each in settings)))
             near = get_close_matches(column, there, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(there)}"
-            raise ValueError(f"law {law.name!r} needs {column!r}, which not all cells have as one positive number{hint}")
+            raise ValueError(
+                f"law {law.name!r} needs {column!r}, which not all cells have as one positive number{hint}"
+            )
         found[symbol] = np.array([each[column] for each in settings], dtype=float)
         if not (found[symbol] > 0).all():
             raise ValueError(f"law {law.name!r}: {column!r} is {found[symbol].min()} in a cell; accepted is above 0")

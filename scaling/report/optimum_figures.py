@@ -7,11 +7,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scaling.inputs import of_bowls
 from scaling.laws import find
+from scaling.optima.cells import SAME, inputs
 from scaling.report.drawing import BLUE, COLORS, GREEN, INK, ORANGE, QUIET, RED, logarithmic, shades, sheet, spread
-from scaling.report.words import count, label, number, plain, target, written
+from scaling.report.tables import keys
+from scaling.report.words import label, number, plain, target, written
 from scaling.results import Analysis, Bowl, Decision, Estimate, Fit
+from scaling.table import RunTable
 
 SHOWN = 12
 LEVELS = (0.001, 0.005, 0.01, 0.02)
@@ -22,24 +24,27 @@ def bowls(analysis: Analysis) -> Figure | None:
     """Small multiples of cells, evenly over their compute."""
     if not analysis.bowls:
         return None
-    ordered = sorted(analysis.bowls, key=lambda each: math.prod(each.cell.values()))
+    ordered = sorted(analysis.bowls, key=lambda each: each.cell.get("flops", 0.0))
     shown = [ordered[place] for place in spread(np.arange(len(ordered)), SHOWN)]
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure, axes = sheet(rows, columns, 2.35 * columns, 2.1 * rows)
     for axis in axes.ravel()[len(shown) :]:
         axis.set_axis_off()
-    numbers = {name: analysis.table.numbers(name) for name in analysis.table.frame if name in _needed(shown)}
+    names = keys(analysis.bowls)
+    table = analysis.table.where(analysis.used)
+    numbers = {name: _numbers(table, name) for name in (*names, *SETTINGS, "loss")}
     for place, (axis, bowl) in enumerate(zip(axes.ravel(), shown, strict=False)):
-        rows_of = analysis.used.copy()
-        for name, value in bowl.cell.items():
-            rows_of &= np.isclose(numbers[name], value, rtol=1e-3)
-        if "batch_tokens" in bowl.best and "lr" in bowl.best:
-            _plane(axis, bowl, *(numbers[name][rows_of] for name in ("lr", "batch_tokens", "loss")))
+        inside = np.ones(len(table), dtype=bool)
+        for name in names:
+            inside &= np.isclose(numbers[name], bowl.cell.get(name, math.nan), rtol=SAME, equal_nan=True)
+        lr, batch, loss = (numbers[name][inside] for name in (*SETTINGS, "loss"))
+        if _varies(lr) and _varies(batch):
+            _plane(axis, bowl, lr, batch, loss)
         else:
-            name = "lr" if "lr" in bowl.best else "batch_tokens"
-            _section(axis, bowl, name, numbers[name][rows_of], numbers["loss"][rows_of])
-        axis.set_title(", ".join(f"{_short(name)} {written(name)(value)}" for name, value in bowl.cell.items()))
+            _section(axis, bowl, "batch_tokens" if _varies(batch) else "lr", batch if _varies(batch) else lr, loss)
+        told = ((_short(name), written(name)(bowl.cell[name])) for name in names if name in bowl.cell)
+        axis.set_title(", ".join(f"{name} {value}" for name, value in told), fontsize=8.5)
         if place % columns:
             axis.set_ylabel("")
         if place + columns < len(shown):
@@ -47,8 +52,13 @@ def bowls(analysis: Analysis) -> Figure | None:
     return figure
 
 
-def _needed(shown: list[Bowl]) -> set[str]:
-    return {name for bowl in shown for name in bowl.cell} | {"lr", "batch_tokens", "loss"}
+def _numbers(table: RunTable, name: str) -> np.ndarray:
+    return table.numbers(name) if table.has(name) else np.full(len(table), np.nan)
+
+
+def _varies(values: np.ndarray) -> bool:
+    known = values[np.isfinite(values)]
+    return len(known) > 1 and known.max() > known.min() * (1 + SAME)
 
 
 def _short(name: str) -> str:
@@ -64,7 +74,12 @@ def _plane(axis: Axes, bowl: Bowl, lr: np.ndarray, batch: np.ndarray, loss: np.n
         axis.scatter(lr, batch, c=colormaps[COLORS](0.95 * shade), s=11, linewidths=0, alpha=0.85)
         axis.set_xlim(lr.min() / 1.4, lr.max() * 1.4)
         axis.set_ylim(batch.min() / 1.4, batch.max() * 1.4)
-    if len(bowl.curvature) == 3 and bowl.lr is not None and bowl.batch_tokens is not None:
+    if (
+        len(bowl.curvature) == 3
+        and np.isfinite(bowl.curvature).all()
+        and bowl.lr is not None
+        and bowl.batch_tokens is not None
+    ):
         x, y = (np.geomspace(*limits, 60) for limits in (axis.get_xlim(), axis.get_ylim()))
         away = np.log(x)[None] - math.log(bowl.lr.value), np.log(y)[:, None] - math.log(bowl.batch_tokens.value)
         a, b, c = bowl.curvature
@@ -84,13 +99,19 @@ def _mark(axis: Axes, bowl: Bowl) -> None:
             markersize=7, zorder=4,
         )  # fmt: skip
         return
-    at = [bowl.best["lr"], bowl.best["batch_tokens"]]
+    at = (bowl.best["lr"], bowl.best["batch_tokens"])
     axis.plot(*at, "x", color=RED, markersize=6, zorder=4)
     for place, name in enumerate(SETTINGS):
         if name in bowl.censored:
-            tip = list(at)
-            tip[place] *= 2.2 if bowl.censored[name] == "above" else 1 / 2.2
-            axis.annotate("", tip, at, arrowprops={"arrowstyle": "->", "color": RED}, annotation_clip=False)
+            _arrow(axis, at, place, bowl.censored[name])
+
+
+def _arrow(axis: Axes, at: tuple[float, float], place: int, side: str) -> None:
+    """From the edge of the grid towards where the optimum lies."""
+    offset = [0.0, 0.0]
+    offset[place] = 18 if side == "above" else -18
+    arrow = {"arrowstyle": "->", "color": RED, "linewidth": 1.4}
+    axis.annotate("", offset, at, textcoords="offset points", arrowprops=arrow, annotation_clip=False, zorder=5)
 
 
 def _section(axis: Axes, bowl: Bowl, name: str, values: np.ndarray, loss: np.ndarray) -> None:
@@ -108,9 +129,7 @@ def _section(axis: Axes, bowl: Bowl, name: str, values: np.ndarray, loss: np.nda
         height = bowl.loss * np.exp(0.5 * curvature * (np.log(span) - math.log(estimate.value)) ** 2)
         axis.plot(span, height, color=INK, linewidth=0.9)
     if name in bowl.censored:
-        at = (bowl.best[name], bowl.best["loss"])
-        tip = (at[0] * (2.2 if bowl.censored[name] == "above" else 1 / 2.2), at[1])
-        axis.annotate("", tip, at, arrowprops={"arrowstyle": "->", "color": RED}, annotation_clip=False)
+        _arrow(axis, (bowl.best[name], bowl.best["loss"]), 0, bowl.censored[name])
     elif estimate is not None:
         axis.errorbar(estimate.value, bowl.loss, xerr=_bars(estimate), fmt="+", color=RED, markersize=7, zorder=4)
     logarithmic(axis, "x", name, 4)
@@ -136,15 +155,16 @@ def optima(analysis: Analysis) -> Figure | None:
 
 def _law(axis: Axes, fit: Fit, analysis: Analysis) -> None:
     """Optima with intervals, coloured by N, and the law at a few N."""
-    inputs = find(fit.law).inputs
-    along = next((symbol for symbol in ("D", "C", "N", *inputs) if symbol in inputs), None)
-    found = [each for each in analysis.bowls if getattr(each, fit.quantity) is not None or fit.quantity in each.best]
-    if along is None or not found:
+    law = find(fit.law)
+    along = next(symbol for symbol in ("D", "tokens", "C", "flops", "N", *law.inputs) if symbol in law.inputs)
+    shade = next((symbol for symbol in ("N", *law.inputs) if symbol in law.inputs and symbol != along), None)
+    found = [each for each in analysis.bowls if getattr(each, fit.quantity) is not None]
+    try:
+        x = inputs(law, [_settings(each) for each in found], fit.size)
+    except ValueError:  # some cells do not tell what the law reads
         axis.set_axis_off()
         return
-    x = of_bowls(found, inputs, fit.size)
-    shade = "N" if "N" in inputs and along != "N" else None
-    sizes = x[shade] if shade else of_bowls(found, ("N",), fit.size)["N"]
+    sizes = x[shade] if shade else np.ones(len(found))
     colors = colormaps[COLORS](shades(np.where(np.isfinite(sizes), sizes, 1.0)))
     for place, (bowl, color) in enumerate(zip(found, colors, strict=True)):
         _optimum(axis, bowl, fit.quantity, x[along][place], color)
@@ -153,13 +173,11 @@ def _law(axis: Axes, fit: Fit, analysis: Analysis) -> None:
         given = {name: np.full(60, np.exp(np.mean(np.log(values[near])))) for name, values in x.items()}
         given[along] = np.geomspace(np.nanmin(x[along]) / 1.3, np.nanmax(x[along]) * 1.3, 60)
         color = colors[np.argmax(near)] if shade else INK
-        text = f"{_short(fit.size)} {count(size)}" if shade else None
+        text = f"{_short(shade)} {written(shade)(size)}" if shade else None
         axis.plot(given[along], fit.predict(given), color=color, linewidth=1.2, label=text)
         if len(fit.draws) >= 20 and number_of in (0, len(lines) - 1):
             low, high = np.quantile(fit.predictions(given), (0.025, 0.975), axis=0)
             axis.fill_between(given[along], low, high, color=color, alpha=0.13, linewidth=0)
-        if not shade:
-            break
     axis.set_yscale("log")
     logarithmic(axis, "x", along)
     logarithmic(axis, "y", fit.quantity)
@@ -168,16 +186,21 @@ def _law(axis: Axes, fit: Fit, analysis: Analysis) -> None:
         axis.legend(loc="best", ncols=2)
 
 
+def _settings(bowl: Bowl) -> dict[str, float]:
+    """The numbers of a cell, and its optimum, by column."""
+    best = {name: value.value for name in SETTINGS if (value := getattr(bowl, name)) is not None}
+    return {**best, **bowl.cell}
+
+
 def _optimum(axis: Axes, bowl: Bowl, name: str, at: float, color: np.ndarray) -> None:
-    value: Estimate | None = getattr(bowl, name)
+    value: Estimate = getattr(bowl, name)
     side = bowl.censored.get(name)
     if side is not None:
-        height = value.value if value is not None else bowl.best[name]
-        axis.plot(at, height, marker="v" if side == "below" else "^", color=color, markeredgecolor=RED, markersize=6)
-    elif value is not None:
-        axis.errorbar(at, value.value, yerr=_bars(value), fmt="o", color=color, markersize=4, elinewidth=0.8)
+        axis.plot(
+            at, value.value, marker="v" if side == "below" else "^", color=color, markeredgecolor=RED, markersize=6
+        )
     else:
-        axis.plot(at, bowl.best[name], marker=".", color=QUIET)
+        axis.errorbar(at, value.value, yerr=_bars(value), fmt="o", color=color, markersize=4, elinewidth=0.8)
 
 
 def plateau(analysis: Analysis) -> Figure | None:

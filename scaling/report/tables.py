@@ -149,10 +149,23 @@ def held_out(found: Sequence[HeldOut]) -> Table:
     return table("Hold-out", columns, rows)
 
 
+def keys(found: Sequence[Bowl]) -> list[str]:
+    """The columns that tell cells apart: size, tokens, and what else differs between cells that have both equal."""
+    names = list(dict.fromkeys(name for bowl in found for name in bowl.cell))
+    told = [*[name for name in ("non_embedding", "total", "active") if name in names][:1], "tokens"]
+    for name in names:
+        values: dict[tuple, set[float]] = {}
+        for bowl in found:
+            values.setdefault(tuple(bowl.cell.get(each) for each in told), set()).add(bowl.cell.get(name, math.nan))
+        if name not in ("flops", "flops_per_token") and any(len(each) > 1 for each in values.values()):
+            told.append(name)
+    return told
+
+
 def bowls(found: Sequence[Bowl]) -> Table:
     """The optimum of each cell."""
-    names = list(dict.fromkeys(name for bowl in found for name in bowl.cell))
-    settings = [name for name in ("lr", "batch_tokens") if any(name in bowl.best for bowl in found)]
+    names = keys(found)
+    settings = [name for name in ("lr", "batch_tokens") if any(getattr(bowl, name) is not None for bowl in found)]
     rows = []
     for bowl in found:
         of_cell = [cell(bowl.cell.get(name), written(name)) for name in names]
