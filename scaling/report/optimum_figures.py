@@ -108,10 +108,11 @@ def _mark(axis: Axes, bowl: Bowl) -> None:
 
 def _arrow(axis: Axes, at: tuple[float, float], place: int, side: str) -> None:
     """From the edge of the grid towards where the optimum lies."""
-    offset = [0.0, 0.0]
-    offset[place] = 18 if side == "above" else -18
-    arrow = {"arrowstyle": "->", "color": RED, "linewidth": 1.4}
-    axis.annotate("", offset, at, textcoords="offset points", arrowprops=arrow, annotation_clip=False, zorder=5)
+    offset = [0, 0]
+    offset[place] = 12 if side == "above" else -12
+    sign = ("→", "↑")[place] if side == "above" else ("←", "↓")[place]
+    style = {"color": RED, "fontsize": 14, "fontweight": "bold", "ha": "center", "va": "center", "zorder": 5}
+    axis.annotate(sign, at, offset, textcoords="offset points", annotation_clip=False, **style)
 
 
 def _section(axis: Axes, bowl: Bowl, name: str, values: np.ndarray, loss: np.ndarray) -> None:
