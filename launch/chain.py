@@ -51,7 +51,7 @@ def run(config: RunConfiguration, text: str) -> Outcome:
     """One launch of a run, through as many segments as it reaches; a collective. BadInput as of `open_segment`."""
     refuse_other_texts(text)
     with ExitStack() as launch:
-        session = launch.enter_context(open_session(segments(config), text))
+        session = launch.enter_context(open_session(segments(config), text, config.law_record))
         refuse_other_growths(config, session)
         stack = launch.enter_context(ExitStack())
         trainer = stack.enter_context(open_segment(session, from_origin(session)))

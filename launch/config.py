@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from launch.growth_config import RunConfiguration, segments
 from runtime.config import Config
 
 
-def compose(path: str | Path, overrides: list[str] = ()) -> RunConfiguration:
+def compose(path: str | Path, overrides: list[str] = (), processes: int | None = None) -> RunConfiguration:
     """Read a preset, apply ``section.key=value`` overrides, resolve "auto" and shares of the horizon.
 
+    `processes` that are to share a batch which is "auto"; by default as many as torchrun has started.
     Raises ValueError with one line for each mistake, naming the key, the value and what is accepted.
     """
     try:
@@ -28,17 +30,19 @@ def compose(path: str | Path, overrides: list[str] = ()) -> RunConfiguration:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or what Python refuses to parse
         raise ValueError(f"{path} is not TOML: {error}") from None
-    return validated(raw, overrides, path)
+    return validated(raw, overrides, path, processes)
 
 
-def validated(raw: dict[str, Any], overrides: Sequence[str], where: str | Path) -> RunConfiguration:
+def validated(
+    raw: dict[str, Any], overrides: Sequence[str], where: str | Path, processes: int | None = None
+) -> RunConfiguration:
     """The configuration that raw sections mean, with overrides over them; `where` they are from, for messages.
 
     ValueError as of `compose`. `raw` is changed.
     """
     for override in overrides:
         _apply(raw, override)
-    _resolve_auto(raw)
+    record = _resolve_auto(raw, processes or int(os.environ.get("WORLD_SIZE", 1)))
     try:
         config = RunConfiguration.model_validate(raw)
     except ValidationError as error:
@@ -48,6 +52,7 @@ def validated(raw: dict[str, Any], overrides: Sequence[str], where: str | Path) 
         segments(config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    config.remember_law(record)
     return config
 
 
@@ -98,11 +103,17 @@ def _value(text: str) -> Any:
         return text.strip()
 
 
-def _resolve_auto(raw: dict[str, Any]) -> None:
-    """model.vocab_size = "auto" becomes the size of the tokenizer's vocabulary."""
+def _resolve_auto(raw: dict[str, Any], processes: int) -> dict[str, Any] | None:
+    """model.vocab_size = "auto" becomes the size of the tokenizer's vocabulary; optim.lr and batch.sequences what a law
+    says of them, whose record is returned."""
     model = raw.get("model")
     if isinstance(model, dict) and model.get("vocab_size") == "auto":
         model["vocab_size"] = _tokenizer_size(tokenizer_path(raw.get("data", {})))
+    if not any(isinstance(raw.get(name), dict) and "auto" in raw[name].values() for name in ("optim", "batch")):
+        return None
+    from launch.auto import resolve
+
+    return resolve(raw, processes)
 
 
 def tokenizer_path(data: dict[str, Any]) -> Path | None:

@@ -41,9 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     """Print what is asked for; returns the exit code."""
     arguments = parser().parse_intermixed_args(argv)
     from launch.config import compose
+    from launch.pretrain import say_law
 
     try:
-        config = compose(arguments.config, arguments.overrides)
+        config = compose(arguments.config, arguments.overrides, arguments.processes)
+        say_law(config)
         print(parametrization(config) if arguments.parametrization else schedule(config, arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, create_model, model_validator
 
 from growth.evolution import foresee
 from growth.operator import check_options, find
@@ -115,10 +115,29 @@ class GrowthConfig(StepConfig):
         return {name: each.model_dump(exclude_none=True) for name, each in sections.items()}
 
 
+class LawConfig(Section):
+    """Where numbers that are "auto" come from."""
+
+    source: str | None = None
+    """A laws file as `launch/fit.py` writes it, or the name of a published law."""
+    far: bool = False
+    """Take the law's word more than ten times beyond the compute of its data, too."""
+
+
 class RunConfiguration(Config):
-    """All of a configuration file: the first segment, and the growths that begin the others."""
+    """All of a configuration file: the first segment, the growths that begin the others, and the law of "auto"."""
 
     growth: list[GrowthConfig] = []
+    law: LawConfig = LawConfig()
+    _law_record: dict[str, Any] | None = PrivateAttr(default=None)
+
+    @property
+    def law_record(self) -> dict[str, Any] | None:
+        """What "auto" came to when this was composed, and by which law, as of `launch.auto.resolve`."""
+        return self._law_record
+
+    def remember_law(self, record: dict[str, Any] | None) -> None:
+        self._law_record = record
 
     @model_validator(mode="after")
     def _check_growth(self) -> Self:

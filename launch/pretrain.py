@@ -90,7 +90,8 @@ def launch(arguments: argparse.Namespace) -> int:
             raise ValueError("give a configuration, such as configs/quickstart.toml, or --branch CHECKPOINT")
         else:
             refuse_branching(arguments)
-            config, plan = compose(arguments.config, arguments.overrides), None
+            config, plan = compose(arguments.config, arguments.overrides, arguments.world_size), None
+            say_law(config)
         if arguments.dry_run:
             from launch.growth_report import dry_run
 
@@ -117,6 +118,14 @@ def branch(arguments: argparse.Namespace) -> "tuple[RunConfiguration, Timetable]
     if os.environ.get("RANK", "0") == "0":
         print(summary(config, parent), flush=True)
     return config, build_timetable(config, parent.events)
+
+
+def say_law(config: "RunConfiguration") -> None:
+    """What "auto" came to, once for all processes."""
+    if config.law_record is not None and os.environ.get("RANK", "0") == "0":
+        from launch.auto import told
+
+        print("\n".join(told(config.law_record)), flush=True)
 
 
 def refuse_branching(arguments: argparse.Namespace) -> None:

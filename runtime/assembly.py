@@ -126,7 +126,7 @@ def open_segment(session: Session, beginning: Beginning) -> Iterator[Trainer]:
         directory = session.directory
         if dist.get_rank() == 0:
             directory.write_config(session.text)
-            directory.write_identity(describe(config, inputs, mesh, directory, state, history))
+            directory.write_identity(describe(config, inputs, mesh, directory, state, history, session.law))
         reporter = open_reporter(config, mesh, directory, state, resumed=beginning.resumed, started=session.started)
         stack.callback(reporter.close)
         while session.noticed:
@@ -209,6 +209,7 @@ def describe(
     directory: RunDirectory,
     state: TrainState,
     history: MixtureHistory,
+    law: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of run.json: what is known of the run, and of the segment that begins or goes on."""
     device, precision = device_and_precision(config, mesh)
@@ -223,6 +224,7 @@ def describe(
         tokenizer_fingerprint=text_fingerprint(inputs.tokenizer) if inputs.tokenizer else None,
         parent=next((each for each in reversed(state.lineage) if each["carry"] != "growth"), None),
         previous=read_or_warn(directory.read_identity, {}),
+        law=law,
     )
     return with_segment(
         contents,

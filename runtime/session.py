@@ -43,6 +43,8 @@ class Session:
     """The checkpoint this launch begins from."""
     noticed: list[dict[str, Any]]
     """What the store has found before there was anyone to report it."""
+    law: dict[str, Any] | None = None
+    """The law behind numbers of the configuration, if it was asked in this launch."""
     _meshes: dict[Layout, Mesh] = field(default_factory=dict)
 
     def mesh(self, segment: int) -> Mesh:
@@ -67,7 +69,7 @@ class Session:
 
 
 @contextmanager
-def open_session(configs: Sequence[Config], text: str) -> Iterator[Session]:
+def open_session(configs: Sequence[Config], text: str, law: dict[str, Any] | None = None) -> Iterator[Session]:
     """Open what a launch needs before it builds a model; a collective.
 
     BadInput, on every rank and before anything is written, for what the user can put right, in any of the segments.
@@ -90,7 +92,9 @@ def open_session(configs: Sequence[Config], text: str) -> Iterator[Session]:
             stack.callback(store.close)
             origin = find_origin(config, directory, location, store, stack)
         stack.callback(finish_wandb)
-        yield Session(configs, inputs, text, started, interruption, watchdog, directory, lock, store, origin, noticed)
+        yield Session(
+            configs, inputs, text, started, interruption, watchdog, directory, lock, store, origin, noticed, law
+        )
 
 
 def open_all_inputs(configs: Sequence[Config], world_size: int) -> list[Inputs]:

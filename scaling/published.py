@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scaling.laws import find
+from scaling.laws.farseer import PUBLISHED as FARSEER
+from scaling.laws.farseer import from_published
 from scaling.results import Estimate, Fit, Verdict
 
 DRAWS = 1000
@@ -158,8 +160,7 @@ PUBLISHED: Mapping[str, Mapping[str, Published]] = {
     "farseer": {
         "loss": Published(
             "farseer",
-            {"s": -0.062465, "q": 0.13, "S": 0.128488, "B": 230.734, "b": -0.1729, "Q": -1.5442,
-             "A": -1.66563, "a": 0.0459, "E": 3.13335},
+            from_published(FARSEER),
             "Li et al. 2025, Farseer, arXiv 2506.10972, eq. 5",
             {"N": (1.0e8, 6.4e9), "D": (1e9, 5.1e11), "C": (1.2e18, 3.5e21)},
             note="in bits for each character, not nats for each token",
@@ -198,14 +199,14 @@ def published(name: str, quantity: str) -> Fit:
             f"{', '.join(having) or 'none'}"
         )
     known = PUBLISHED[name][quantity]
-    law, values = find(known.law), _own(known)
+    law = find(known.law)
     error = known.errors.get
     estimates = {
         each: Estimate(value, value - 1.96 * error(each, math.inf), value + 1.96 * error(each, math.inf),
                        error(each, math.nan))
-        for each, value in values.items()
+        for each, value in known.values.items()
     }  # fmt: skip
-    point = law.coordinates(values)
+    point = law.coordinates(known.values)
     return Fit(
         known.law,
         known.size,
@@ -226,15 +227,6 @@ def published(name: str, quantity: str) -> Fit:
             "spread": known.spread.source if known.spread else "not published",
         },
     )
-
-
-def _own(known: Published) -> dict[str, float]:
-    """The constants in the parameters of our law."""
-    if known.law == "farseer":
-        from scaling.laws.farseer import from_published
-
-        return from_published(known.values)
-    return dict(known.values)
 
 
 def _draws(point: np.ndarray, known: Published) -> np.ndarray:

@@ -38,10 +38,12 @@ def identity(
     tokenizer_fingerprint: str | None = None,
     parent: dict[str, Any] | None = None,
     previous: dict[str, Any] | None = None,
+    law: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of run.json, to which `with_segment` adds the segments.
 
-    `previous` is the run.json of the launch before: its id, creation time and segments are kept. Every
+    `previous` is the run.json of the launch before: its id, creation time and segments are kept, and the law that gave
+    the numbers of "auto", where this launch was not told another and the numbers are still those. Every
     column that `scaling` needs of a run is here or in the rows: what was asked for is here, what
     happened (tokens seen, losses, status) is in the rows.
     """
@@ -81,8 +83,16 @@ def identity(
             {"kind": config.batch.kind, "changes": [list(each) for each in config.batches.changes] or None}
         ),
         "parent": parent,
+        "law": law if law and "source" in law else _law_before(previous.get("law"), config),
     }
     return {**_known(contents), "segments": previous.get("segments", [])}
+
+
+def _law_before(law: dict[str, Any] | None, config: Config) -> dict[str, Any] | None:
+    """A law that was recorded, if the numbers are still the ones that it gave."""
+    now = {"optim.lr": config.optim.lr, "batch.sequences": config.batch.sequences}
+    values = (law or {}).get("values", {})
+    return law if values and all(each.get("value") == now.get(key) for key, each in values.items()) else None
 
 
 def with_segment(

@@ -10,19 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling import laws
 from scaling.laws_file import FORMAT, read, write
 from scaling.results import Analysis, Bowl, Decision, Estimate, HeldOut, Plateau, Verdict
 from scaling.table import RunTable, tidy
-from tests.fits import BATCH, BY_HAND, CHINCHILLA, HOFFMANN, RATE, STEP_BATCH, STEP_RATE, fit
+from tests.fits import STEP_RATE, batch_fit, fit, loss_fit, rate_fit
 
+SPELLED = "lr = c * N^a * D^b"
 INFINITE = Estimate(0.1, -math.inf, math.inf)
-
-
-@pytest.fixture(autouse=True)
-def laws_by_hand(monkeypatch):
-    for name, law in BY_HAND.items():
-        monkeypatch.setitem(laws.LAWS, name, law)
 
 
 def analysis(**changes) -> Analysis:
@@ -31,8 +25,8 @@ def analysis(**changes) -> Analysis:
         "table": RunTable(tidy(frame), {"total": "params"}, ("a note",), "abc"),
         "used": np.array([True, False, True]),
         "gates": (Verdict("warning", "status", "1 run diverged"),),
-        "fits": (fit(CHINCHILLA, HOFFMANN), fit(RATE, STEP_RATE, fixed={"d": 0.307}), fit(BATCH, STEP_BATCH)),
-        "held_out": (HeldOut(CHINCHILLA.name, "total", "largest compute", 30, 10, 0.01, 0.001, -0.002, math.nan),),
+        "fits": (loss_fit(), rate_fit(fixed={"b": 0.307}), batch_fit(), fit(SPELLED, STEP_RATE)),
+        "held_out": (HeldOut("chinchilla", "total", "largest compute", 30, 10, 0.01, 0.001, -0.002, math.nan),),
         "bowls": (
             Bowl({"N": 1e8, "D": 1e9}, 9, INFINITE, None, 2.5, censored={"lr": "below"}, best={"lr": 1e-3}),
             Bowl({"N": 2e8}, 0, None, None, math.nan, curvature=(0.1, 0.2, 0.3)),
@@ -68,13 +62,13 @@ def test_what_is_read_is_what_was_written(tmp_path):
     write(tmp_path / "new" / "laws.json", written)
     found = read(tmp_path / "new" / "laws.json")
     assert same(written, found)
-    assert found.best("lr").law == RATE.name and found.path.endswith("laws.json") and len(found.sha256) == 64
+    assert found.best("lr").law == "step_law_lr" and found.path.endswith("laws.json") and len(found.sha256) == 64
 
 
 @given(st.lists(st.floats(width=64), min_size=1))
 def test_every_float_survives(tmp_path_factory, numbers):
     path = tmp_path_factory.mktemp("laws") / "laws.json"
-    written = analysis(decisions=tuple(Decision({}, {}, {}, each, each) for each in numbers))
+    written = analysis(fits=(), decisions=tuple(Decision({}, {}, {}, each, each) for each in numbers))
     write(path, written)
     assert same(written.decisions, read(path).decisions)
 
@@ -94,7 +88,7 @@ def test_an_analysis_of_nothing_is_one(tmp_path):
 
 
 def test_a_fit_without_draws_keeps_their_shape(tmp_path):
-    write(tmp_path / "laws.json", analysis(fits=(replace(fit(RATE, STEP_RATE), draws=np.empty((0, 3))),)))
+    write(tmp_path / "laws.json", analysis(fits=(replace(rate_fit(), draws=np.empty((0, 3))),)))
     assert read(tmp_path / "laws.json").fits[0].draws.shape == (0, 3)
 
 

@@ -1,0 +1,182 @@
+"""What laws propose for a run to come: how to split compute between parameters and tokens, a value with its interval,
+the plateau around it, and how far all of it is extrapolated.
+
+Of a run to come, numbers are known by the names of `scaling.columns`: tokens, total, hidden_size, flops and so on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.laws import find
+from scaling.laws.law import Inputs
+from scaling.results import Bowl, Estimate, Fit, Plateau, Verdict
+from scaling.table import column_of
+
+COST = 1e-3
+"""Share of the loss that a plateau may cost."""
+WARNS, REFUSES = 3.0, 10.0
+"""Times the largest compute of a law's data from which an extrapolation is warned of, and refused unless asked for."""
+GRID = 801
+FLOPS = 6.0
+"""For each parameter and token (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
+FEWEST = 1e3
+"""Parameters and tokens of the smallest run that is thought of."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The best split of compute between parameters and tokens."""
+
+    N: Estimate
+    D: Estimate
+    loss: float
+    plateau: Plateau
+    """Of N, with tokens as the compute leaves them."""
+    regret: float
+    """Expected excess of the loss, as a share, for not knowing the law exactly; NaN without draws."""
+    at_edge: float
+    """Share of draws that have no optimum between too few parameters and too few tokens."""
+
+
+def allocate(
+    loss: Fit, compute: float, flops_per_token: Callable[[np.ndarray], np.ndarray] = lambda size: FLOPS * size
+) -> Allocation:
+    """Minimise a loss law over N at D = compute / flops_per_token(N).
+
+    `flops_per_token` takes sizes as the law means them, (n,). ValueError for a law of other inputs than N, D, C and M,
+    and for one that has no optimum.
+    """
+    law = find(loss.law)
+    if not {"N", "D"} <= set(law.inputs) <= {"N", "D", "C", "M"}:
+        raise ValueError(f"law {loss.law!r} is of {', '.join(law.inputs)}; to split compute, one of N and D is needed")
+    log_n = np.linspace(np.log(FEWEST), np.log(compute / FLOPS / FEWEST), GRID)
+    each = flops_per_token(np.exp(log_n))
+    log_n = log_n[compute / each >= FEWEST]
+    if len(log_n) < 3:
+        raise ValueError(f"{compute:.4g} FLOPs are too few to be split between parameters and tokens")
+    x = _along(log_n, compute, flops_per_token)
+    best, lowest, inside = _minimum(log_n, np.log(loss.predict(x))[None])
+    if not inside[0]:
+        raise ValueError(f"law {loss.law!r} has no optimum of N at {compute:.4g} FLOPs: it has the best at an end")
+    chosen, draws, regret, at_edge = best[0], best, np.nan, 0.0
+    if len(loss.draws):
+        curves = np.log(loss.predictions(x))
+        draws, lows, inside = _minimum(log_n, curves)
+        at_chosen = np.log(loss.predictions(_along(best, compute, flops_per_token))[:, 0])
+        regret = float(np.mean(np.expm1(np.maximum(at_chosen - lows, 0.0))))
+        at_edge = float(np.mean(~inside))
+    tokens = np.log(compute / flops_per_token(np.exp(np.concatenate([best, draws]))))
+    known = len(loss.draws) > 0
+    within = log_n[np.log(loss.predict(x)) - lowest[0] <= np.log1p(COST)]
+    return Allocation(
+        _estimate(chosen, draws if known else None),
+        _estimate(tokens[0], tokens[1:] if known else None),
+        float(np.exp(lowest[0])),
+        Plateau(float(np.exp(within.min(initial=chosen))), float(np.exp(within.max(initial=chosen))), COST),
+        regret,
+        at_edge,
+    )
+
+
+def _along(log_n: np.ndarray, compute: float, flops_per_token: Callable[[np.ndarray], np.ndarray]) -> Inputs:
+    """The inputs of runs that cost `compute`."""
+    size = np.exp(log_n)
+    each = flops_per_token(size)
+    return {"N": size, "D": compute / each, "C": np.full_like(size, compute), "M": each}
+
+
+def _minimum(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where rows of y (S, n) on an even grid x are lowest, by a parabola through the three lowest points; the value
+    there; and whether it is inside the grid. (S,) each."""
+    lowest = np.nanargmin(y, axis=1)
+    inside = (lowest > 0) & (lowest < len(x) - 1)
+    middle = np.clip(lowest, 1, len(x) - 2)
+    rows = np.arange(len(y))
+    left, centre, right = (y[rows, middle + shift] for shift in (-1, 0, 1))
+    bend = left - 2 * centre + right
+    shift = np.where(inside & (bend > 0), (left - right) / (2 * np.where(bend > 0, bend, 1.0)), 0.0)
+    value = np.where(inside, centre - (left - right) * shift / 4, y[rows, lowest])
+    return np.where(inside, x[middle] + shift * (x[1] - x[0]), x[lowest]), value, inside
+
+
+def value_at(fit: Fit, known: Mapping[str, float]) -> Estimate:
+    """A law's value for a run of these columns, with its interval: of a loss, of a single measurement.
+
+    ValueError for a column that the law needs and that is not known, and where it has no value.
+    """
+    x = inputs_of(fit, known)
+    value = float(fit.predict(x)[0])
+    if not np.isfinite(value):
+        given = ", ".join(f"{symbol} = {each[0]:.4g}" for symbol, each in x.items())
+        raise ValueError(f"law {fit.law!r} has no value at {given}")
+    if not len(fit.draws):
+        return _estimate(np.log(value), None)
+    draws = np.log(fit.predictions(x)[:, 0])
+    if fit.quantity == "loss" and np.isfinite(fit.noise):
+        draws = draws + fit.noise * np.random.default_rng(0).standard_normal(len(draws))
+    return _estimate(np.log(value), draws)
+
+
+def inputs_of(fit: Fit, known: Mapping[str, float]) -> Inputs:
+    """The inputs of a law by symbol, (1,) each. ValueError for one that is not known."""
+    found = {}
+    for symbol in find(fit.law).inputs:
+        column = column_of(symbol, fit.size)
+        if column == "flops" and fit.details.get("compute", "").startswith("M D"):
+            column = "flops_without_head"
+        if not known.get(column, np.nan) > 0:
+            raise ValueError(f"law {fit.law!r} needs {column}, which is not known here")
+        found[symbol] = np.array([float(known[column])])
+    return found
+
+
+def _estimate(log_value: float, log_draws: np.ndarray | None) -> Estimate:
+    """The estimate of a positive number from logarithms; without draws it may be anything."""
+    value = float(np.exp(log_value))
+    if log_draws is None:
+        return Estimate(value, 0.0, np.inf)
+    log_draws = log_draws[np.isfinite(log_draws)]
+    low, high = np.exp(np.quantile(log_draws, [0.025, 0.975]))
+    return Estimate(value, float(min(low, value)), float(max(high, value)), float(np.std(np.exp(log_draws))))
+
+
+def plateau(bowls: Sequence[Bowl], quantity: str, at: float, cost: float = COST) -> Plateau | None:
+    """The range of lr or batch_tokens around `at` that costs less than `cost` with the other at its best, by the median
+    curvature of bowls; None where none is convex in both."""
+    widths = []
+    for each in bowls:
+        if len(each.curvature) != 3:
+            continue
+        of_lr, cross, of_batch = each.curvature
+        own, other = (of_lr, of_batch) if quantity == "lr" else (of_batch, of_lr)
+        if other > 0 and own - cross**2 / other > 0:
+            widths.append(np.sqrt(2 * np.log1p(cost) / (own - cross**2 / other)))
+    if not widths:
+        return None
+    width = float(np.median(widths))
+    return Plateau(at * float(np.exp(-width)), at * float(np.exp(width)), cost)
+
+
+def extrapolation(fits: Sequence[Fit], compute: float) -> float:
+    """Compute over the largest of a law's data, the most of all laws; NaN where none tells."""
+    return max((compute / fit.spans["C"][1] for fit in fits if "C" in fit.spans), default=float("nan"))
+
+
+def reach(fits: Sequence[Fit], compute: float) -> tuple[Verdict, ...]:
+    """A warning for each law that is extrapolated far, a failure beyond what is trusted."""
+    found = []
+    for fit in fits:
+        factor = extrapolation([fit], compute)
+        if factor > WARNS:
+            level = "failure" if factor > REFUSES else "warning"
+            found.append(
+                Verdict(
+                    level,
+                    "extrapolation",
+                    f"{compute:.3g} FLOPs are {factor:.3g} times the most that the law of {fit.quantity} was fitted "
+                    f"to, {fit.spans['C'][1]:.3g}",
+                )
+            )
+    return tuple(found)
