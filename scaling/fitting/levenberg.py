@@ -4,7 +4,8 @@ Starts of a fit, replicates of a bootstrap and points of a profile are problems 
 evaluates the law and its Jacobian for all of them. Of Huber's loss with threshold t, the Gauss-Newton matrix counts the
 rows with |r| <= t alone (fast near the optimum, bold far from it), that of iterative reweighting counts the others by
 t / |r| (slow, and never uphill for a linear law). The damping goes from the one to the other, and from there to
-Marquardt's: so the way of a fit depends neither on the units nor on the centring of its inputs until damping is large.
+Marquardt's, with the problems' mean of J'J for the metric. All of these change with the coordinates as the problem
+does: a fit takes the same steps whatever the units of its inputs are and wherever they are centred.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ EASING = 8.0
 """A small threshold is reached by way of larger ones: the second is this many times smaller, the third this squared."""
 ROUGH = 1e-4
 """Tolerance of the fits on the way to the objective's own threshold."""
+MARQUARDT = 1e-3
+"""Times the damping beyond 1 is the share of the metric that is added."""
 RIDGE = 1e-11
 """Of the diagonal, for problems whose parameters are not identified."""
 
@@ -87,6 +90,8 @@ class _Work:
         self.number, self.targets, self.weights = np.arange(len(starts)), targets, weights
         self.coordinates = np.clip(starts, self.low, self.high)
         self.residuals, self.slopes = self.evaluate(self.coordinates)
+        usable = self.slopes[np.isfinite(self.slopes).all(axis=(1, 2))]
+        self.metric = (usable @ usable.swapaxes(1, 2)).mean(axis=0) / usable.shape[2]
         goal = objective.threshold(self.residuals, weights)
         self.threshold = np.maximum(goal, spread(self.residuals, weights))
         self.easing, self.is_last = np.full(len(starts), EASING), goal >= self.threshold
@@ -140,12 +145,14 @@ class _Work:
         downhill = (self.slopes @ (self.weights * ratio * self.residuals)[..., None])[..., 0]
         curvature = self.weights * np.where(ratio < 1, np.minimum(self.damping, 1)[:, None] * ratio, 1)
         matrix = (self.slopes * curvature[:, None]) @ self.slopes.swapaxes(1, 2)
+        marquardt = MARQUARDT * np.maximum(self.damping - 1, 0) * curvature.sum(axis=-1)
+        matrix += marquardt[:, None, None] * self.metric
         held = (self.coordinates <= self.low) & (downhill < 0) | (self.coordinates >= self.high) & (downhill > 0)
         held |= ~self.free
         downhill = np.where(held, 0, downhill)
         matrix *= ~held[:, None] & ~held[..., None]
         diagonal = np.einsum("skk->sk", matrix)
-        diagonal *= 1 + RIDGE + 0.01 * np.maximum(self.damping - 1, 0)[:, None]
+        diagonal *= 1 + RIDGE
         diagonal += np.where(diagonal > 0, 0, 1)
         step = np.linalg.solve(matrix, downhill[..., None])[..., 0]
         return step, (downhill * step).sum(axis=-1) / 2

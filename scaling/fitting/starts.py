@@ -1,5 +1,7 @@
 """Where fits start: a Sobol sequence over the parameters, and by variable projection those that least squares gives."""
 
+from collections.abc import Collection, Mapping
+
 import numpy as np
 from scipy.stats import qmc
 
@@ -9,37 +11,45 @@ SMALLEST = 1e-6
 """Coefficient that least squares may give, as a share of the quantity at a typical row: the start of a negative one."""
 
 
-def draw(law: Law, x: Inputs, targets: np.ndarray, count: int, seed: int) -> np.ndarray:
+def draw(
+    law: Law, x: Inputs, targets: np.ndarray, count: int, seed: int, fixed: Mapping[str, float] | None = None
+) -> np.ndarray:
     """`count` parameter vectors (count, K) for ln of the measured quantity (n,), within the law's bounds.
 
-    They lie evenly between `Parameter.starts`; of a law that is linear in some coefficients, these are then replaced
+    fixed: parameters that all of them have in common. lie evenly between `Parameter.starts`; of a law that is linear in some coefficients, these are then replaced
     by what least squares gives for the other parameters (variable projection, Golub & Pereyra 1973).
     """
     ends = np.array([each.coordinate(np.array(each.starts)) for each in law.parameters], dtype=float)
     with np.errstate(all="ignore"):
         points = qmc.Sobol(len(ends), seed=seed).random_base2(max(0, count - 1).bit_length())[:count]
         starts = ends[:, 0] + points * (ends[:, 1] - ends[:, 0])
-        return project(law, x, targets, starts) if law.coefficients else starts
+        for k, each in enumerate(law.parameters):
+            if each.name in (fixed or {}):
+                starts[:, k] = each.coordinate(fixed[each.name])
+        chosen = [each for each in law.coefficients if each not in (fixed or {})]
+        return project(law, x, targets, starts, chosen) if chosen else starts
 
 
-def project(law: Law, x: Inputs, targets: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The parameter vectors (S, K) with the law's coefficients at their least squares of the relative residuals.
+def project(law: Law, x: Inputs, targets: np.ndarray, starts: np.ndarray, chosen: Collection[str]) -> np.ndarray:
+    """The parameter vectors (S, K) with the chosen coefficients at their least squares of the relative residuals.
 
     The law's own Jacobian gives the columns: of a quantity that is the sum of c_k g_k, d ln f / d c_k = g_k / f.
     """
-    chosen = [k for k, each in enumerate(law.parameters) if each.name in law.coefficients]
+    index = [k for k, each in enumerate(law.parameters) if each.name in chosen]
+    logarithmic = np.array([law.parameters[k].logarithmic for k in index])
+    current = np.where(logarithmic, np.exp(starts[:, index]), starts[:, index])
     values, slopes = law.evaluate(starts, x)
-    logarithmic = np.array([law.parameters[k].logarithmic for k in chosen])
-    current = np.where(logarithmic, np.exp(starts[:, chosen]), 1)
-    terms = slopes[..., chosen] * np.exp(values - targets)[..., None] / current[:, None]
+    predicted = np.exp(values - targets)
+    terms = slopes[..., index] * predicted[..., None] / np.where(logarithmic, current, 1)[:, None]
+    others = predicted - (terms * current[:, None]).sum(axis=-1)
     scale = terms.mean(axis=1) + 1e-300
     columns = (terms / scale[:, None]).swapaxes(1, 2)
-    coefficients = _non_negative(columns @ columns.swapaxes(1, 2), columns.sum(axis=2))
-    coefficients = np.maximum(coefficients, SMALLEST) / scale
-    low, high = law.bounds()
+    products = columns @ columns.swapaxes(1, 2)
+    solution = _non_negative(products, (columns @ (1 - others)[..., None])[..., 0])
+    solution = np.maximum(solution, SMALLEST) / scale
     projected = starts.copy()
-    projected[:, chosen] = np.where(logarithmic, np.log(coefficients), coefficients)
-    projected = np.clip(projected, low, high)
+    projected[:, index] = np.where(logarithmic, np.log(solution), solution)
+    projected = np.clip(projected, *law.bounds())
     return np.where(np.isfinite(projected).all(axis=1, keepdims=True), projected, starts)
 
 

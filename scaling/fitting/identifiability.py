@@ -1,0 +1,137 @@
+"""Whether rows determine a law's parameters: verdicts, each with the number it rests on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from scaling.laws.law import Inputs, Law
+from scaling.results import Estimate, Verdict
+
+ROWS = 3
+"""For each free parameter, fewer of which are few."""
+SPAN = (1.5, 3.0)
+"""Largest over smallest of an input, below which its exponent is not or hardly identified."""
+CONDITION = (1e7, 1e5)
+"""Of the Jacobian with columns of unit norm."""
+FLOOR = (0.5, 0.25)
+"""Width of the interval of the irreducible loss, as a share of the lowest loss."""
+EXPONENT = 1.0
+"""Width of the interval of a parameter that is no factor, as a share of its size."""
+SMALL = 0.2
+"""Size that a parameter near zero is taken to have."""
+AT_BOUND = 0.1
+"""Share of the bootstrap that may end at a bound."""
+SHARE = 0.05
+"""Of the starts that should find the best optimum."""
+
+
+def of_table(law: Law, x: Inputs, clusters: np.ndarray, fixed: Mapping[str, float]) -> Iterator[Verdict]:
+    """What the inputs alone tell: too few rows, spans, and inputs that vary together."""
+    free = len(law.parameters) - len(fixed)
+    for count, what in ((len(clusters), "rows"), (len(np.unique(clusters)), "runs or cells")):
+        if count <= free:
+            yield Verdict("failure", "rows", f"{count} {what} cannot determine {free} parameters")
+            break
+        if count < ROWS * free:
+            yield Verdict("warning", "rows", f"{count} {what} are few for {free} parameters")
+            break
+    logs = {symbol: np.log(x[symbol]) for symbol in law.inputs}
+    narrow = False
+    for symbol, values in logs.items():
+        span = float(np.exp(np.ptp(values)))
+        if level := _level(span, SPAN):
+            narrow = True
+            level = "warning" if fixed else level
+            yield Verdict(level, "span", f"{symbol} spans a factor of {span:.3g}; {SPAN[1]:g} are wanted")
+    if not narrow and {"N", "D"} <= set(logs) and len(clusters) > 2:
+        yield from _together(logs["N"], logs["D"], bool(fixed))
+
+
+def _together(size: np.ndarray, data: np.ndarray, is_fixed: bool) -> Iterator[Verdict]:
+    slope, offset = np.polyfit(size, data, 1)
+    span = float(np.exp(np.ptp(data - slope * size - offset)))
+    if level := _level(span, SPAN):
+        ratio = float(np.exp(np.ptp(data - size)))
+        message = f"N and D vary together: about D ~ N^{slope:.2f} only a factor of {span:.3g} is left (D/N spans {ratio:.3g})"
+        yield Verdict("warning" if is_fixed else level, "collinear", message)
+
+
+def of_optimum(law: Law, slopes: np.ndarray, coordinates: np.ndarray, free: np.ndarray) -> Iterator[Verdict]:
+    """What the best fit tells: parameters at a bound, and the condition of the Jacobian (n, K)."""
+    for k in np.flatnonzero(free):
+        if (at := _bound(law, k, coordinates[k])) is not None:
+            yield Verdict("failure", "bound", f"{law.parameters[k].name} ends at its bound {at:g}")
+    number = condition(slopes[:, free])
+    if level := _level(1 / number, (1 / CONDITION[0], 1 / CONDITION[1])):
+        yield Verdict(level, "condition", f"the parameters compensate each other: condition number {number:.1e}")
+
+
+def condition(slopes: np.ndarray) -> float:
+    """Of the Jacobian (n, K) with its columns at unit norm; infinite if one is zero or rows are too few."""
+    norms = np.linalg.norm(slopes, axis=0)
+    if slopes.shape[0] < slopes.shape[1] or not (norms > 0).all():
+        return float("inf")
+    singular = np.linalg.svd(slopes / norms, compute_uv=False)
+    return float(singular[0] / singular[-1]) if singular[-1] > 0 else float("inf")
+
+
+def of_intervals(
+    law: Law, estimates: Mapping[str, Estimate], draws: np.ndarray, fixed: Mapping[str, float], lowest: float
+) -> Iterator[Verdict]:
+    """What the bootstrap tells, (B, K): intervals that are too wide, replicates at a bound. lowest: measured value."""
+    for k, parameter in enumerate(law.parameters):
+        if parameter.name in fixed or not len(draws):
+            continue
+        found = estimates[parameter.name]
+        width = found.high - found.low
+        if parameter.name == law.floor:
+            if level := _level(-width / lowest, (-FLOOR[0], -FLOOR[1])):
+                message = f"{parameter.name} is known to {width:.3g} only; the lowest loss is {lowest:.3g}"
+                yield Verdict(level, "interval", message)
+        elif not parameter.logarithmic and width > EXPONENT * max(abs(found.value), SMALL):
+            message = f"{parameter.name} = {found.value:.3g} is known to {found.low:.3g} ... {found.high:.3g} only"
+            yield Verdict("warning", "interval", message)
+        at = np.mean([_bound(law, k, each) is not None for each in draws[:, k]])
+        if at > AT_BOUND and _bound(law, k, float(parameter.coordinate(found.value))) is None:
+            yield Verdict("warning", "bound", f"{parameter.name} ends at a bound in {at:.0%} of the bootstrap")
+
+
+def of_search(share: float, starts: int, rivals: Sequence[tuple[float, Mapping[str, float]]]) -> Iterator[Verdict]:
+    """What the starts tell. rivals: optima that differ from the best but fit as well, with what they cost in
+    chi-squared."""
+    if share < SHARE:
+        yield Verdict(
+            "warning", "starts", f"{share:.1%} of {starts} starts found the best optimum: there may be better"
+        )
+    for excess, values in rivals:
+        listed = ", ".join(f"{name} = {value:.4g}" for name, value in values.items())
+        yield Verdict("warning", "basins", f"another optimum fits as well (chi-squared {excess:.2g} more): {listed}")
+
+
+def of_estimators(
+    estimates: Mapping[str, Estimate], others: Mapping[str, Mapping[str, float]], fixed: Mapping[str, float]
+) -> Iterator[Verdict]:
+    """Where another estimator's value lies outside of an interval: outliers, or noise that varies."""
+    for estimator, values in others.items():
+        outside = [
+            f"{name} = {values[name]:.4g}, not {found.low:.4g} ... {found.high:.4g}"
+            for name, found in estimates.items()
+            if name not in fixed and not found.low <= values[name] <= found.high
+        ]
+        if outside:
+            yield Verdict("warning", "outliers", f"{estimator.replace('_', ' ')} disagrees: {'; '.join(outside)}")
+
+
+def _level(value: float, limits: tuple[float, float]) -> str | None:
+    """Failure below the first limit, warning below the second."""
+    return "failure" if value < limits[0] else "warning" if value < limits[1] else None
+
+
+def _bound(law: Law, k: int, coordinate: float) -> float | None:
+    """The bound that a coordinate is at, if it is."""
+    low, high = (float(each[k]) for each in law.bounds())
+    parameter = law.parameters[k]
+    for bound, value in ((low, parameter.lower), (high, parameter.upper)):
+        if np.isfinite(bound) and abs(coordinate - bound) <= 1e-9 * max(1.0, abs(bound)):
+            return value
+    return None
