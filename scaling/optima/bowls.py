@@ -37,8 +37,9 @@ class Quadratic:
     level: float
     freedom: int
     """Runs less coefficients."""
-    runs: int
-    outliers: int
+    used: np.ndarray
+    """Which runs it went through, (n,) of bool."""
+    outliers: int = 0
 
     @property
     def convex(self) -> bool:
@@ -190,7 +191,7 @@ def quadratic_bowl(z: np.ndarray, y: np.ndarray, window: float) -> Quadratic | N
         share = np.abs(residuals) / (1.4826 * np.median(np.abs(residuals - np.median(residuals))) + 1e-9)
         worst = int(np.argmax(share))
         if share[worst] <= OUTLIER or used.sum() <= LEAST_RUNS[d]:
-            return replace(found, outliers=outliers)
+            return replace(found, used=used, outliers=outliers)
         kept[np.flatnonzero(used)[worst]] = False
         outliers += 1
 
@@ -228,4 +229,4 @@ def _least_squares(z: np.ndarray, y: np.ndarray) -> tuple[Quadratic | None, np.n
     errors = np.sqrt(variance * ((by @ inverse) ** 2).sum(axis=1))
     level = coefficients[0] + 0.5 * gradient @ vertex
     leverage = np.minimum((q**2).sum(axis=1), 1 - 1e-6)
-    return Quadratic(centre + vertex, errors, h, float(level), freedom, n, 0), residuals / (1 - leverage)
+    return Quadratic(centre + vertex, errors, h, float(level), freedom, np.ones(n, dtype=bool)), residuals / (1 - leverage)

@@ -64,54 +64,66 @@ def cells(table: RunTable, size: str, *, at_batch: bool = False) -> tuple[Cell, 
             raise ValueError(f"column {column!r} is unknown in the table; optima of lr and batch need it")
     if not table.has("lr") and not table.has("batch_tokens"):
         raise ValueError("columns 'lr' and 'batch_tokens' are unknown in the table; optima need one of them")
-    frame = table.frame.reset_index(drop=True)
-    finished, diverged = outcomes(frame)
-    lr, batch, loss, sizes, tokens = (_numbers(frame, name) for name in ("lr", "batch_tokens", "loss", size, "tokens"))
-    placed = (finished | diverged) & (sizes > 0) & (tokens > 0)
-    for name, values in (("lr", lr), ("batch_tokens", batch)):
-        if table.has(name):
-            placed &= values > 0
-    base = pd.DataFrame({name: levels(_numbers(frame, name)) for name in (size, "tokens")})
-    if at_batch:
-        base["batch_tokens"] = levels(batch)
+    finished, diverged = outcomes(table.frame)
+    numbers = {
+        name: table.numbers(name) for name in (*NUMBERS, *DERIVED, "lr", "batch_tokens", "loss") if table.has(name)
+    }
+    texts = {name: table.frame[name].fillna("").to_numpy(dtype=str) for name in TEXTS if table.has(name)}
+    unknown = np.full(len(table), np.nan)
+    lr, batch = numbers.get("lr", unknown), numbers.get("batch_tokens", unknown)
+    placed = finished | diverged
+    for name in {size, "tokens", "lr", "batch_tokens"} & set(numbers):
+        placed &= numbers[name] > 0
     found = []
-    for _, whole in base[placed].groupby(list(base.columns), sort=True):
-        rows = whole.index.to_numpy()
-        keys = _parting(frame.iloc[rows], levels(lr)[rows], levels(batch)[rows])
-        for _, part in keys.groupby(list(keys.columns), dropna=False, sort=True):
-            inside = rows[part.index.to_numpy()]
+    for rows in _groups(
+        [levels(numbers[name]) for name in (size, "tokens", *(["batch_tokens"] if at_batch else []))], placed
+    ):
+        for inside in _groups(_parting(rows, numbers, texts, lr, batch), np.isin(np.arange(len(table)), rows)):
             ended, lost = inside[finished[inside]], inside[diverged[inside]]
-            values, texts = _shared(frame.iloc[inside], size, batch[inside] if at_batch else None)
-            found.append(
-                Cell(values, texts, lr[ended], batch[ended], loss[ended], np.column_stack([lr[lost], batch[lost]]))
-            )
+            values = _shared({name: numbers[name][inside] for name in (*NUMBERS, *DERIVED) if name in numbers}, size)
+            if at_batch:
+                values["batch_tokens"] = float(np.median(batch[inside]))
+            named = {name: str(column[inside[0]]) for name, column in texts.items()}
+            lost = np.column_stack([lr[lost], batch[lost]])
+            found.append(Cell(values, named, lr[ended], batch[ended], numbers["loss"][ended], lost))
     return tuple(sorted(found, key=lambda cell: (cell.values["flops"], cell.values["tokens"])))
 
 
 def outcomes(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Which runs finished with a loss, and which diverged, (rows,) of bool each; a loss that is no number diverged."""
-    loss = _numbers(frame, "loss")
+    loss = pd.to_numeric(frame["loss"], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
     status = frame["status"].fillna(FINISHED).to_numpy() if "status" in frame else np.full(len(frame), FINISHED)
     ended = status == FINISHED
     return ended & np.isfinite(loss) & (loss > 0), (status == DIVERGED) | (ended & ~np.isfinite(loss))
 
 
-def _numbers(frame: pd.DataFrame, column: str) -> np.ndarray:
-    if column not in frame:
-        return np.full(len(frame), np.nan)
-    return pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+def _groups(keys: Sequence[np.ndarray], placed: np.ndarray) -> list[np.ndarray]:
+    """Rows that are placed and equal in all keys, (rows,) each."""
+    rows = np.flatnonzero(placed)
+    if not keys or not len(rows):
+        return [rows] if len(rows) else []
+    group = np.unique(np.column_stack([key[rows] for key in keys]), axis=0, return_inverse=True)[1].ravel()
+    return [rows[group == each] for each in range(group.max() + 1)]
 
 
-def _parting(frame: pd.DataFrame, lr: np.ndarray, batch: np.ndarray) -> pd.DataFrame:
-    """The settings that part these runs, by position; a constant column if there are none."""
-    parting = {"one": np.zeros(len(frame), dtype=int)}
+def _parting(
+    rows: np.ndarray,
+    numbers: Mapping[str, np.ndarray],
+    texts: Mapping[str, np.ndarray],
+    lr: np.ndarray,
+    batch: np.ndarray,
+) -> list[np.ndarray]:
+    """The settings that part these rows, as keys of all rows of the table."""
+    axes, parting = (levels(lr[rows]), levels(batch[rows])), []
     for name in (*NUMBERS, *TEXTS):
-        if name not in frame:
+        if name not in numbers and name not in texts:
             continue
-        level = levels(_numbers(frame, name)) if name in NUMBERS else pd.factorize(frame[name])[0]
-        if len(set(level)) > 1 and not _follows(level, lr) and not _follows(level, batch):
-            parting[name] = level
-    return pd.DataFrame(parting)
+        level = levels(numbers[name][rows]) if name in numbers else np.unique(texts[name][rows], return_inverse=True)[1]
+        if level.min() < level.max() and not any(_follows(level, axis) for axis in axes):
+            key = np.zeros(len(lr), dtype=int)
+            key[rows] = level
+            parting.append(key)
+    return parting
 
 
 def _follows(level: np.ndarray, axis: np.ndarray) -> bool:
@@ -119,18 +131,15 @@ def _follows(level: np.ndarray, axis: np.ndarray) -> bool:
     return len(set(zip(axis, level, strict=True))) == len(set(axis)) > 1
 
 
-def _shared(frame: pd.DataFrame, size: str, batch: np.ndarray | None) -> tuple[dict[str, float], dict[str, str]]:
-    """The numbers and texts that these runs share; tokens as their median, and FLOPs as 6 N D where unknown."""
-    values: dict[str, float] = {}
-    for name in (size, "tokens", *NUMBERS, *DERIVED):
-        numbers = _numbers(frame, name)
-        if name not in values and np.isfinite(numbers).all() and len(set(levels(numbers))) == 1:
-            values[name] = float(np.median(numbers))
+def _shared(numbers: Mapping[str, np.ndarray], size: str) -> dict[str, float]:
+    """The numbers that a cell's runs share, the size and tokens first; FLOPs as 6 N D where unknown."""
+    values = {}
+    for name in dict.fromkeys((size, "tokens", *numbers)):
+        level = levels(numbers[name])
+        if level.min() == level.max() >= 0:
+            values[name] = float(np.median(numbers[name]))
     values.setdefault("flops", 6 * values[size] * values["tokens"])
-    if batch is not None:
-        values["batch_tokens"] = float(np.median(batch))
-    texts = {name: str(frame[name].iloc[0]) for name in TEXTS if name in frame and frame[name].nunique() == 1}
-    return values, texts
+    return values
 
 
 def inputs(law: Law, settings: Sequence[Mapping[str, float]], size: str) -> Inputs:
