@@ -10,6 +10,7 @@ VERBS = {
     "branch": "anneal stable checkpoints, in a fan of runs of their own",
     "merge": "average checkpoints of a run",
     "grow": "make a checkpoint's model larger",
+    "fit": "from runs to laws of loss, learning rate and batch, and what they propose",
     "sharpness": "measure the curvature of a checkpoint's loss, and the rates it is stable at",
     "explain": "say what a configuration comes to",
     "check_coordinates": "check that a parametrisation transfers over widths and depths",

@@ -3,6 +3,8 @@
 FINISHED = 0
 BAD_INPUT = 2
 """Something the user can put right; the same command would end the same way."""
+UNIDENTIFIED = 3
+"""What was asked for cannot be told from these runs: an answer, which is written down."""
 UNSAVED = 74
 """The last checkpoint could not be written, not at a second try either (EX_IOERR); the one before it stands."""
 INTERRUPTED = 75
