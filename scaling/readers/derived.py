@@ -1,0 +1,139 @@
+"""Columns that follow from others. What is known is never replaced; every formula is told in the mapping."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from scaling.columns import normalised
+from scaling.readers.mapping import RATIOS, SIZES, Mapped, numbers, typical
+
+SURELY_TOKENS = 32_768
+"""A typical batch above this is one of tokens: so many sequences are in no batch."""
+APPROXIMATE = {"tokens": "C / (6 N)", "flops": "6 N D", "total": "C / (6 D)"}
+"""Rules of thumb, which forget attention, embedding and head: their rows are labelled."""
+
+
+def resolve_batch(found: Mapped, where: str) -> None:
+    """Tell a batch of tokens from one of sequences, by tokens = steps x batch x seq_len where these are known and by
+    its size where not. A batch that stays ambiguous is left out, with a note."""
+    frame = found.frame
+    for column, other in (("batch_sequences", "batch_tokens"), ("batch_tokens", "batch_sequences")):
+        name = found.mapping.get(column)
+        if name is None or other in frame or normalised(name) == normalised(column):
+            continue
+        batch, is_symbol = frame[column].to_numpy(dtype=float), len(name) == 1
+        if column == "batch_tokens" and not is_symbol:
+            continue
+        ratio = _sequence_length(frame, batch)
+        is_tokens = ratio == 1 if ratio else typical(batch) > SURELY_TOKENS
+        is_sequences = bool(ratio and ratio > 1) or (not is_symbol and not is_tokens)
+        if is_tokens == is_sequences:
+            frame.drop(columns=column, inplace=True)
+            del found.mapping[column]
+            found.notes.append(
+                f"{where}: {name!r} may be tokens or sequences of a batch; give columns batch_tokens or "
+                f'batch_sequences="{name}"'
+            )
+        elif is_tokens != (column == "batch_tokens"):
+            frame.rename(columns={column: other}, inplace=True)
+            found.mapping[other] = found.mapping.pop(column)
+            found.notes.append(f"{where}: {name!r} is taken for {'tokens' if is_tokens else 'sequences'} of a batch")
+        return
+
+
+def _sequence_length(frame: pd.DataFrame, batch: np.ndarray) -> float | None:
+    """tokens / (steps x batch) where it is one whole number for nearly all rows, to a thousandth; else None."""
+    if "tokens" not in frame or "steps" not in frame:
+        return None
+    with np.errstate(all="ignore"):
+        ratio = frame["tokens"].to_numpy(dtype=float) / (frame["steps"].to_numpy(dtype=float) * batch)
+    middle = typical(ratio)
+    if not np.isfinite(middle) or middle < 0.95:
+        return None
+    whole, known = round(middle), np.isfinite(ratio)
+    is_equal = np.mean(np.abs(ratio[known] / whole - 1) < (0.05 if whole == 1 else 1e-3)) >= 0.95
+    return float(whole) if is_equal else None
+
+
+def complete(frame: pd.DataFrame, mapping: dict[str, str]) -> pd.DataFrame:
+    """Fill what follows from other columns, row by row; adds the formulas to `mapping`."""
+    frame = frame.copy()
+    labels = {index: [] for index in frame.index}
+
+    def known(name: str) -> np.ndarray:
+        return frame[name].to_numpy(dtype=float, na_value=np.nan) if name in frame else np.full(len(frame), np.nan)
+
+    def fill(name: str, values: np.ndarray, formula: str) -> None:
+        present = known(name)
+        fresh = ~np.isfinite(present) & np.isfinite(values) & (values > 0)
+        if not fresh.any():
+            return
+        frame[name] = np.where(fresh, values, present)
+        mapping[name] = f"{mapping[name]}; else {formula}" if name in mapping else formula
+        if APPROXIMATE.get(name) == formula:
+            for index in frame.index[fresh]:
+                labels[index].append(f"{name} = {formula}")
+
+    with np.errstate(all="ignore"):
+        fill("seq_len", _lengths(frame), "tokens / (steps * batch_sequences)")
+        fill("batch_tokens", known("batch_sequences") * known("seq_len"), "batch_sequences * seq_len")
+        fill("batch_sequences", known("batch_tokens") / known("seq_len"), "batch_tokens / seq_len")
+        fill("tokens", known("steps") * known("batch_tokens"), "steps * batch_tokens")
+        fill("tokens", known("flops") / known("flops_per_token"), "flops / flops_per_token")
+        for name in frame.columns:
+            if normalised(str(name)) in RATIOS or str(name) == "D/N":
+                fill("tokens", _size(frame, SIZES) * numbers(frame[name]), f"{name} * parameters")
+        fill("tokens", known("flops") / (6 * _size(frame, SIZES)), "C / (6 N)")
+        if not np.isfinite(_size(frame, SIZES)).any():
+            fill("total", known("flops") / (6 * known("tokens")), "C / (6 D)")
+        fill("steps", known("tokens") / known("batch_tokens"), "tokens / batch_tokens")
+        fill("flops", known("flops_per_token") * known("tokens"), "flops_per_token * tokens")
+        fill("flops", 6 * _size(frame, ("active", "total", "non_embedding")) * known("tokens"), "6 N D")
+        for name in frame.columns:
+            if normalised(str(name)) in ("epochs", "numepochs", "nepochs", "repeats") and numbers(frame[name]) is not None:
+                fill("unique_tokens", known("tokens") / np.maximum(numbers(frame[name]), 1), f"tokens / {name}")
+    if any(labels.values()):
+        before = frame["labels"] if "labels" in frame else pd.Series(None, index=frame.index, dtype=object)
+        frame["labels"] = [join(before[index], *labels[index]) for index in frame.index]
+    return frame
+
+
+def join(labels: str | None, *more: str) -> str | None:
+    """Labels with more of them, none twice."""
+    there = [] if labels is None or pd.isna(labels) else labels.split("; ")
+    return "; ".join(dict.fromkeys([*there, *more])) or None
+
+
+def unknown(frame: pd.DataFrame) -> list[str]:
+    """What a reader should be told of columns that stay unknown although something close to them is there."""
+
+    def has(name: str) -> bool:
+        return name in frame and bool(frame[name].notna().any())
+
+    notes = []
+    if has("batch_sequences") and not has("batch_tokens"):
+        notes.append("batch_tokens stays unknown: the batch is in sequences, of unknown length; give constants seq_len=...")
+    if not has("tokens"):
+        notes.append("tokens stays unknown; name its column, or give constants tokens=...")
+    if not any(map(has, SIZES)):
+        notes.append("no size is known; name the column of total, non_embedding or active")
+    return notes
+
+
+def _lengths(frame: pd.DataFrame) -> np.ndarray:
+    nothing = np.full(len(frame), np.nan)
+    if "batch_sequences" not in frame:
+        return nothing
+    length = _sequence_length(frame, frame["batch_sequences"].to_numpy(dtype=float))
+    return np.full(len(frame), length) if length else nothing
+
+
+def _size(frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """The first of these sizes that a row knows, (rows,)."""
+    size = np.full(len(frame), np.nan)
+    for name in columns:
+        if name in frame:
+            values = frame[name].to_numpy(dtype=float, na_value=np.nan)
+            size = np.where(np.isfinite(size), size, values)
+    return size

@@ -1,0 +1,197 @@
+"""From the logged steps of one run to its row: for event files, Weights & Biases exports and text logs alike."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scaling.columns import DIVERGED, FINISHED, normalised
+from scaling.curves import final_loss, last_writes
+from scaling.readers.derived import resolve_batch
+from scaling.readers.losses import BITS, HELD_OUT, PERPLEXITY, Loss, candidates, words
+from scaling.readers.mapping import Mapped, guess
+
+TOKENS = ("tokens", "tokensseen", "consumedtokens", "numtokens", "ntokens", "totaltokens", "numinputtokensseen",
+          "throughputtotaltokens", "totaltokensseen", "traintokens")  # fmt: skip
+SEQUENCES = ("consumedsamples", "sequences", "samples", "consumedtrainsamples")
+STEP = ("step", "globalstep", "trainerglobalstep", "iteration", "iter", "trainstep")
+RATE = ("lr", "learningrate", "trainlr", "trainlearningrate", "lrgroup0", "lradamw", "optimlr", "optimlearningrate")
+BATCH = {"batch_tokens": ("batchtokens", "tokensperbatch"), "batch_sequences": ("globalbatchsize", "batchsize")}
+FLOPS = ("flops", "totalflops", "trainflops", "throughputtotalflops")
+AT_END = 0.005
+"""An evaluation within this share of a run's length before its end is one at its end."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A quantity over steps, both (n,), in the order of writing."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def cleaned(self) -> "Series":
+        """Only the rows that count after resumes, in order of steps."""
+        kept = last_writes(self.steps)
+        return Series(self.steps[kept], self.values[kept])
+
+
+@dataclass
+class History:
+    """What a logger has kept of one run."""
+
+    run: str
+    source: str
+    series: dict[str, Series]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Constants of the run, by its own names."""
+    axis: str = "steps"
+    """What the steps of the series count: steps or tokens."""
+    status: str | None = None
+    """None where the logger does not know."""
+    labels: list[str] = field(default_factory=list)
+
+
+def row(history: History, columns: Mapping[str, str]) -> Mapped:
+    """The row of a run, as a table of one. `columns` may name the series or the setting of any column of ours.
+
+    ValueError for a name that is neither.
+    """
+    series = {name: each for name, each in history.series.items() if len(each.steps)}
+    cleaned = {name: each.cleaned() for name, each in series.items()}
+    labels = list(history.labels)
+    named = {ours: name for ours, name in columns.items() if name in series}
+    settings = {name: value for name, value in history.settings.items() if value is not None}
+    others = {ours: name for ours, name in columns.items() if ours not in named}
+    if missing := [f"{ours}={name}" for ours, name in others.items() if name and not _is_setting(name, settings)]:
+        there = ", ".join([*series, *settings][:40])
+        raise ValueError(f"{history.source}: no series or setting for columns {', '.join(missing)}; it has: {there}")
+    found = guess(pd.DataFrame([settings or {"": None}]), others, history.source, with_loss=False)
+    found.frame = found.frame.drop(columns=[""], errors="ignore")
+    found.frame = found.frame[[name for name in found.frame if name in found.mapping]]
+    resolve_batch(found, history.source)
+    put = _putter(found)
+    for ours, name in named.items():
+        if ours != "loss":
+            put(ours, float(cleaned[name].values[-1]), name)
+    _read_progress(history, cleaned, put)
+    _read_rates(cleaned, put)
+    _read_loss(history, cleaned, named.get("loss"), put, labels)
+    end = max((float(each.steps[-1]) for each in cleaned.values()), default=float("nan"))
+    if rewritten := max((len(series[name].steps) - len(cleaned[name].steps) for name in series), default=0):
+        labels.append(f"{rewritten} steps written again after a resume")
+    put("run", history.run, "")
+    put("source", history.source, "")
+    put("status", _status(history, cleaned, found.frame), "")
+    if not np.isfinite(end):
+        labels.append("empty")
+    put("labels", "; ".join(dict.fromkeys(labels)) or None, "")
+    return found
+
+
+def _putter(found: Mapped):
+    def put(column: str, value: Any, name: str) -> None:
+        found.frame[column] = [value]
+        if name:
+            found.mapping[column] = name
+
+    return put
+
+
+def _is_setting(name: str, settings: Mapping[str, Any]) -> bool:
+    return name in settings or re.split(r"\s*[*/]\s*", name)[0] in settings
+
+
+def _find(series: Mapping[str, Series], names: tuple[str, ...]) -> str | None:
+    """The first series of these normalised names, whole or after the last slash."""
+    whole = {normalised(name): name for name in reversed(series)}
+    last = {normalised(name.rsplit("/", 1)[-1]): name for name in reversed(series)}
+    return next((table[name] for table in (whole, last) for name in names if name in table), None)
+
+
+def _read_progress(history: History, series: Mapping[str, Series], put) -> None:
+    """Steps, tokens and FLOPs at the end."""
+    if not series:
+        return
+    end = max(float(each.steps[-1]) for each in series.values())
+    put(history.axis, end, f"axis of the series, as {history.axis}")
+    step = _find(series, STEP)
+    if step is not None and history.axis != "steps":
+        put("steps", float(series[step].values[-1]), step)
+    tokens = _find(series, TOKENS)
+    if tokens is not None and history.axis != "tokens":
+        put("tokens", float(series[tokens].values[-1]), tokens)
+    flops = _find(series, FLOPS)
+    if flops is not None:
+        put("flops", float(series[flops].values[-1]), flops)
+    sequences, length = _find(series, SEQUENCES), history.settings.get("seq_length")
+    if tokens is None and history.axis != "tokens" and sequences is not None and length:
+        put("tokens", float(series[sequences].values[-1]) * float(length), f"{sequences} * seq_length")
+
+
+def _read_rates(series: Mapping[str, Series], put) -> None:
+    """Peak and last learning rate, and the last batch."""
+    rate = _find(series, RATE)
+    if rate is not None:
+        values = series[rate].values[np.isfinite(series[rate].values)]
+        if values.size:
+            put("lr", float(values.max()), f"largest {rate}")
+            put("final_lr", float(values[-1]), f"last {rate}")
+    for column, names in BATCH.items():
+        name = _find(series, names)
+        if name is not None:
+            put(column, float(series[name].values[-1]), name)
+
+
+def _read_loss(history: History, series: Mapping[str, Series], named: str | None, put, labels: list[str]) -> None:
+    """The last held-out loss if there is one at the run's end, else a smooth of the end of the training loss."""
+    found = [each for each in candidates(series) if each.tier not in (BITS, PERPLEXITY) or each.name == named]
+    if named is not None:
+        found = [each for each in found if each.name == named] or [Loss(named, HELD_OUT)]
+    if not found:
+        labels.append("no loss")
+        return
+    held_out = [each for each in found if each.tier == HELD_OUT]
+    training = [each for each in found if each.tier != HELD_OUT]
+    ends = [float(each.steps[-1]) for name, each in series.items() if np.isfinite(each.values).any()]
+    length = max(ends, default=0.0)
+    at_end = [each for each in held_out if series[each.name].steps[-1] >= length * (1 - AT_END)]
+    if at_end:
+        loss = at_end[0]
+        if len(at_end) > 1:
+            labels.append(f"held-out loss of {loss.name}, the first of {len(at_end)} sets")
+        put("loss", float(series[loss.name].values[-1]), loss.name)
+        put("loss_error", float("nan"), "")
+        put("loss_kind", f"held-out ({loss.name})", "")
+        return
+    if not training:
+        labels.append("no loss at its end")
+        return
+    if held_out:
+        labels.append("no held-out loss at its end")
+    loss = training[0]
+    curve = series[loss.name]
+    smooth = final_loss(curve.steps, curve.values)
+    if not np.isfinite(smooth.value):
+        labels.append(f"no smooth of {smooth.rows} logged losses")
+    put("loss", smooth.value, f"smooth of {loss.name}")
+    put("loss_error", smooth.error, "AR(1) of the smooth")
+    put("loss_kind", f"training, smoothed ({loss.name})", "")
+
+
+def _status(history: History, series: Mapping[str, Series], frame: pd.DataFrame) -> str:
+    """As the logger says; a loss that ends in no number is a divergence."""
+    for each in candidates(series):
+        if each.tier != HELD_OUT and not np.isfinite(series[each.name].values[-1]):
+            return DIVERGED
+    return history.status or FINISHED
+
+
+def is_logged(names: list[str]) -> bool:
+    """Whether the columns of a table are those of a log, one row a step, and not of a table of runs."""
+    plain = {name.strip().lower() for name in names}
+    singular = plain & {"_step", "step", "global_step", "iteration", "trainer/global_step", "train/global_step"}
+    has_loss = any("loss" in words(name) or normalised(name) in ("loss", "lmloss", "trainloss") for name in names)
+    return bool(singular) and (has_loss or "_step" in plain)

@@ -1,0 +1,104 @@
+"""Which of many names is the loss: held-out before smoothed before any other, and never a choice between equals."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scaling.columns import normalised
+
+HELD_OUT, SMOOTHED, PLAIN, OTHER, BITS, PERPLEXITY = range(6)
+"""In the order in which they are preferred."""
+HELD_OUT_WORDS = frozenset(
+    "val valid validation validate eval evals evaluation evaluations test heldout held dev".split()
+)
+SMOOTH_WORDS = frozenset("smooth smoothed ema avg averaged mean".split())
+NOT_A_LOSS = frozenset(
+    """scale std stderr err error errors se sem sd var variance aux auxiliary balance balancing z zloss router load
+    gap diff delta difference pred predicted prediction fit fitted residual weight count mask spike skipped vs ppl
+    kd distill distillation rank ratio coef coeff coefficient type kind fn function reduction window min max step
+    steps time""".split()
+)
+PLAIN_NAMES = (
+    "finalloss", "loss", "lmloss", "finallmloss", "trainloss", "trainingloss", "finaltrainloss", "trainlmloss",
+    "lmlosstraining", "celoss", "crossentropyloss", "crossentropy", "endloss", "lastloss", "nll", "nllloss", "xent",
+)  # fmt: skip
+GENERIC = HELD_OUT_WORDS | frozenset("final end last loss lm ce cross entropy out train training nll the".split())
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A name that may be the loss."""
+
+    name: str
+    tier: int
+
+    @property
+    def kind(self) -> str:
+        """For the column loss_kind."""
+        if self.tier == HELD_OUT:
+            return f"held-out ({self.name})"
+        if self.tier == SMOOTHED:
+            return f"training, smoothed ({self.name})"
+        if self.tier == BITS:
+            return f"bits ({self.name})"
+        return f"as given ({self.name})"
+
+
+def words(name: str) -> list[str]:
+    """The words of a name, in small letters: "valLoss", "val_loss" and "val/loss" are two."""
+    return re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+
+
+def candidate(name: str) -> Loss | None:
+    """What kind of a loss a name says it is; None for what is none."""
+    parts, whole = words(name), normalised(name)
+    if NOT_A_LOSS.intersection(parts):
+        return Loss(name, PERPLEXITY) if parts[-1:] == ["ppl"] and len(parts) <= 2 else None
+    if whole in ("ppl", "perplexity", "finalppl", "finalperplexity") or parts[-1:] == ["perplexity"]:
+        return Loss(name, PERPLEXITY)
+    if any(each in whole for each in ("bitsperbyte", "bitsperchar")) or {"bpb", "bpc"}.intersection(parts):
+        return Loss(name, BITS)
+    is_loss = "loss" in whole or whole in PLAIN_NAMES or name == "L" or parts[-1:] == ["nll"]
+    if not is_loss:
+        return None
+    if HELD_OUT_WORDS.intersection(parts) or re.match(r"(final)?(val|valid|validation|eval|test|heldout)loss$", whole):
+        return Loss(name, HELD_OUT)
+    if SMOOTH_WORDS.intersection(parts) or whole in ("smoothloss", "smoothedloss"):
+        return Loss(name, SMOOTHED)
+    if whole in PLAIN_NAMES or name == "L" or normalised(re.split(r"[/.]", name)[-1]) in PLAIN_NAMES:
+        return Loss(name, PLAIN)
+    return Loss(name, OTHER)
+
+
+def candidates(names: Iterable[str]) -> list[Loss]:
+    """All losses among names, the preferred kinds first, in a kind as `preferred` would take them."""
+    found = [loss for loss in map(candidate, names) if loss is not None]
+    return sorted(found, key=lambda each: (each.tier, _order(each)))
+
+
+def preferred(names: Iterable[str]) -> tuple[Loss | None, list[Loss]]:
+    """The loss to take, and all others that there are. None of none.
+
+    ValueError where two losses are of one kind and only their data tells them apart, such as loss_pile and loss_stack.
+    """
+    found = candidates(names)
+    if not found:
+        return None, []
+    first = found[0]
+    equals = [each for each in found if each.tier == first.tier]
+    if len(equals) > 1 and not _is_generic(first):
+        raise ValueError(f"several losses, of which one is to be chosen: {', '.join(each.name for each in equals)}")
+    return first, found[1:]
+
+
+def _is_generic(loss: Loss) -> bool:
+    """Whether a name says nothing of the data it was measured on."""
+    known = GENERIC | (SMOOTH_WORDS if loss.tier == SMOOTHED else frozenset())
+    return loss.tier == PLAIN or normalised(loss.name) in PLAIN_NAMES or set(words(loss.name)) <= known
+
+
+def _order(loss: Loss) -> tuple:
+    whole = normalised(loss.name)
+    plain = PLAIN_NAMES.index(whole) if whole in PLAIN_NAMES else len(PLAIN_NAMES)
+    is_test = bool({"test", "dev"}.intersection(words(loss.name)))
+    return not _is_generic(loss), is_test, "final" not in whole, plain

@@ -1,0 +1,222 @@
+"""Which column of a foreign table is which of ours: by its name and its values, shown to the user, overridable.
+
+A unit is taken from a name ("params_M", "tokens (B)") or a value ("70M") only where the values agree with it.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from scaling.columns import COLUMNS, NAMES, TEXTS, Column, normalised
+from scaling.readers.losses import BITS, PERPLEXITY, candidate, preferred
+
+UNITS = {"k": 1e3, "m": 1e6, "mm": 1e6, "b": 1e9, "bn": 1e9, "g": 1e9, "t": 1e12,
+         "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}  # fmt: skip
+LARGE = ("total", "non_embedding", "active", "tokens", "unique_tokens", "flops", "batch_tokens", "parent_tokens")
+"""Columns that are counted in millions and more, so that their names may carry a unit."""
+SIZES = ("total", "non_embedding", "active")
+BY_NAME, BY_LAST_PART, BY_SYMBOL = 0, 1, 2
+RATIOS = ("tokensperparam", "tokensperparameter", "tokensparamratio", "tpp", "tokenmultiplier")
+_UNIT = re.compile(
+    r"^(.+?)[\s_\-./]*(?:\(|\[)?\s*(?:in[\s_]+)?(?<![A-Za-z])(k|mm?|bn?|g|t|thousand|million|billion|trillion)s?\s*[)\]]?$",
+    re.I,
+)
+_PF_DAYS = re.compile(r"^(.+?)[\s_\-(\[]*(pf[\s_-]*days?|petaflop[/\s_-]*s[/\s_-]*days?)\s*[)\]]?$", re.I)
+_TIMES = re.compile(r"^(.*\S)\s*([*/])\s*([0-9.eE+-]+)$")
+_COUNT = re.compile(r"^\s*([0-9][0-9,_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*(k|m|b|bn|t|)\s*(?:params|parameters|tokens)?\s*$", re.I)
+
+
+@dataclass
+class Mapped:
+    """A table in our columns, its others after them."""
+
+    frame: pd.DataFrame
+    mapping: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    refusals: dict[str, str] = field(default_factory=dict)
+    """Column to why a name that would fit it was not taken."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    rank: tuple[int, int]
+    unit: float = 1.0
+
+
+def check_names(keys: Sequence[str], option: str) -> None:
+    """ValueError for a key of `columns` or `constants` that is none of our columns."""
+    for key in keys:
+        if key not in NAMES:
+            close = difflib.get_close_matches(key, NAMES, 3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"{option}: {key!r} is not a column of a run table{hint} Accepted: {', '.join(NAMES)}")
+
+
+def guess(frame: pd.DataFrame, columns: Mapping[str, str], where: str, *, with_loss: bool = True) -> Mapped:
+    """A foreign table (rows, its columns) in our columns. `columns` names, for columns of ours, those of the table, as
+    "name" or "name * factor"; an empty name leaves a column out. `where` is the file, for messages.
+
+    ValueError for a name that the table lacks, values that are no numbers, and a loss that is not told from another.
+    """
+    found = Mapped(pd.DataFrame(index=frame.index))
+    used: set[str] = set()
+    for ours, expression in columns.items():
+        if expression:
+            used.add(_override(found, frame, ours, expression, where))
+    if with_loss and "loss" not in columns:
+        used |= _take_loss(found, frame, used, where)
+    wanted = [each for each in COLUMNS if each.name not in columns and each.name not in ("loss", "source", "labels")]
+    for by in (BY_NAME, BY_LAST_PART, BY_SYMBOL):
+        for column in wanted:
+            if column.name not in found.frame:
+                used |= _take(found, frame, column, by, used)
+    for name in frame.columns:
+        if name not in used:
+            found.frame[f"{name} (as read)" if name in NAMES else name] = frame[name]
+    return found
+
+
+def numbers(values: pd.Series, *, units: bool = False) -> np.ndarray | None:
+    """A column as floats, (rows,), NaN where empty; None if it is a column of texts. `units`: "70M" is 7e7."""
+    if pd.api.types.is_bool_dtype(values):
+        return None
+    if pd.api.types.is_numeric_dtype(values):
+        return values.to_numpy(dtype=float, na_value=np.nan)
+    texts = values.dropna().astype(str).str.strip()
+    parsed = pd.to_numeric(values, errors="coerce").astype(float)
+    missing = parsed.isna() & values.notna()
+    for index in values.index[missing]:
+        match = _COUNT.match(str(values[index]))
+        if match and (units or not match[2]):
+            parsed[index] = float(re.sub("[,_]", "", match[1])) * UNITS.get(match[2].lower(), 1.0)
+    known = int(parsed[texts.index].notna().sum()) + int(texts.str.lower().isin(("nan", "inf", "-inf", "none")).sum())
+    return parsed.to_numpy() if len(texts) and known >= 0.9 * len(texts) else None
+
+
+def typical(values: np.ndarray) -> float:
+    """The median of the finite values above zero; NaN of none."""
+    values = values[np.isfinite(values) & (values > 0)]
+    return float(np.median(values)) if values.size else float("nan")
+
+
+def _override(found: Mapped, frame: pd.DataFrame, ours: str, expression: str, where: str) -> str:
+    name, factor = expression, 1.0
+    if name not in frame and (match := _TIMES.match(expression)):
+        name, factor = match[1], float(match[3])
+        factor = 1 / factor if match[2] == "/" else factor
+    if name not in frame:
+        near = difflib.get_close_matches(name, list(map(str, frame.columns)), 3)
+        there = [*near, *(str(each) for each in frame.columns if each not in near)][:30]
+        raise ValueError(f"{where}: column {name!r}, given for {ours}, is not there; it has: {', '.join(there)}")
+    if ours in TEXTS:
+        found.frame[ours] = frame[name]
+    else:
+        values = numbers(frame[name], units=ours in LARGE)
+        if values is None:
+            raise ValueError(f"{where}: column {name!r}, given for {ours}, holds no numbers")
+        found.frame[ours] = values * factor
+    found.mapping[ours] = expression
+    if ours == "loss" and "loss_kind" not in found.frame:
+        known = candidate(name)
+        found.frame["loss_kind"] = known.kind if known else f"as given ({name})"
+        if known and known.tier == PERPLEXITY:
+            raise ValueError(f"{where}: column {name!r} is a perplexity; leave loss out of the mapping to have its log")
+    return name
+
+
+def _take_loss(found: Mapped, frame: pd.DataFrame, used: set[str], where: str) -> set[str]:
+    """Add the loss and its kind; returns the name that was used."""
+    names = [name for name in frame if name not in used and candidate(str(name)) is not None]
+    names = [name for name in names if (each := numbers(frame[name])) is not None and np.isfinite(each).any()]
+    try:
+        loss, others = preferred(names)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; say which with columns loss=NAME") from None
+    if loss is None:
+        return set()
+    values = numbers(frame[loss.name])
+    found.frame["loss"] = np.log(values) if loss.tier == PERPLEXITY else values
+    found.mapping["loss"] = f"ln({loss.name})" if loss.tier == PERPLEXITY else loss.name
+    if not any(normalised(str(name)) in ("losskind", "losstype") for name in frame):
+        found.frame["loss_kind"] = loss.kind
+    if loss.tier == BITS:
+        found.notes.append(f"{where}: {loss.name!r} is in bits; laws are fitted to it as it is")
+    if others:
+        rest = ", ".join(repr(each.name) for each in others[:8])
+        found.notes.append(f"{where}: the loss is {loss.name!r}; not taken: {rest}")
+    return {loss.name}
+
+
+def _take(found: Mapped, frame: pd.DataFrame, column: Column, by: int, used: set[str]) -> set[str]:
+    """Add one of our columns from the best of the names that fit it; returns the name that was used, if any."""
+    for each in sorted(_candidates(frame, column, by, used), key=lambda each: each.rank):
+        series = frame[each.name]
+        if column.kind == "text":
+            if series.notna().any():
+                found.frame[column.name], found.mapping[column.name] = series, each.name
+                return {each.name}
+            continue
+        values = numbers(series, units=column.name in LARGE)
+        if values is None or not np.isfinite(values).any():
+            continue
+        if reason := _implausible(column, each, values):
+            found.refusals.setdefault(column.name, reason)
+            continue
+        found.refusals.pop(column.name, None)
+        found.frame[column.name] = values * each.unit
+        found.mapping[column.name] = each.name if each.unit == 1 else f"{each.name} * {each.unit:g}"
+        return {each.name}
+    return set()
+
+
+def _candidates(frame: pd.DataFrame, column: Column, by: int, used: set[str]) -> list[Candidate]:
+    aliases = {normalised(column.name): 0} | {name: k + 1 for k, name in enumerate(column.aliases)}
+    symbols = {name: k for k, name in enumerate(column.symbols)}
+    found = []
+    for name in frame.columns:
+        if name in used:
+            continue
+        for bare, unit in _readings(str(name), column):
+            if by == BY_SYMBOL:
+                rank = symbols.get(bare.strip())
+            else:
+                parts = re.split(r"[/.]", bare)
+                rank = aliases.get(normalised(bare if by == BY_NAME else parts[-1]))
+            if rank is not None:
+                found.append(Candidate(name, (rank, unit != 1), unit))
+                break
+    return found
+
+
+def _readings(name: str, column: Column) -> list[tuple[str, float]]:
+    """A name as it is, and without the unit that its end may be."""
+    readings = [(name, 1.0)]
+    if column.name == "flops" and (match := _PF_DAYS.match(name)):
+        readings.append((match[1], 8.64e19))
+    if column.name in LARGE and (match := _UNIT.match(name)):
+        readings.append((match[1], UNITS[match[2].lower()]))
+    return readings
+
+
+def _implausible(column: Column, each: Candidate, values: np.ndarray) -> str:
+    """Why values cannot be of this column; empty if they can."""
+    middle = typical(values)
+    if not np.isfinite(middle):
+        return ""
+    if each.unit != 1 and middle >= 1e6:
+        return (
+            f"{each.name!r} lies about {middle:.3g}, so the end of its name is no unit: give "
+            f'columns {column.name}="{each.name}"'
+        )
+    if not column.least <= middle * each.unit <= column.most:
+        factor = " * 1e9" if column.name in LARGE else ""
+        return (
+            f"{each.name!r} lies about {middle:.3g}, which cannot be {column.meaning}: its unit or its meaning is not "
+            f'told; give columns {column.name}="{each.name}{factor}", or "" to leave it out'
+        )
+    return ""

@@ -1,0 +1,194 @@
+"""Plain tables: CSV, JSON lines, JSON and Parquet, with one row a run or one row a logged step."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scaling.columns import DIVERGED, FINISHED, KILLED, RUNNING, STATUSES, normalised
+from scaling.readers.derived import resolve_batch
+from scaling.readers.mapping import SIZES, Mapped, guess
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+OUTCOMES = {
+    FINISHED: ("finished", "completed", "complete", "done", "success", "succeeded", "ok", "true", "converged"),
+    DIVERGED: ("diverged", "nan", "exploded", "unstable"),
+    KILLED: ("killed", "crashed", "failed", "interrupted", "cancelled", "canceled", "preempted", "timeout", "oom"),
+    RUNNING: ("running", "pending", "queued", "starting"),
+}
+
+
+def load(path: Path) -> tuple[pd.DataFrame, str]:
+    """A table as it stands, and the SHA-256 of its file. ValueError, naming the file and where it can the line, for
+    what is no table."""
+    data = path.read_bytes()
+    try:
+        frame = _parse(path, data)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, csv.Error) as error:
+        raise ValueError(f"{path}: not a table that can be read: {str(error).strip()}") from None
+    frame = frame.loc[:, [not (str(name).startswith("Unnamed:") or str(name) == "") for name in frame.columns]]
+    frame.columns = [str(name).strip() for name in frame.columns]
+    frame = frame.loc[:, ~frame.columns.duplicated()].dropna(how="all").reset_index(drop=True)
+    if frame.empty:
+        raise ValueError(f"{path}: holds no rows")
+    return frame, hashlib.sha256(data).hexdigest()
+
+
+def rows(frame: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> Mapped:
+    """A table with one row a run in our columns. ValueError as of `mapping.guess`, or where the only column that looks
+    like a size or like tokens has values that cannot be."""
+    found = guess(frame, columns, str(path))
+    resolve_batch(found, str(path))
+    ours, name = found.frame, found.mapping.get("non_embedding")
+    if name in ("N", "n"):
+        found.notes.append(
+            f'{path}: {name!r} is taken for parameters without embeddings; give columns total="{name}" if it counts them'
+        )
+    _refuse_unreadable(found, path)
+    labels = [[] for _ in range(len(ours))]
+    _read_status(found, frame, labels, path)
+    for k in np.flatnonzero(frame.duplicated().to_numpy()):
+        labels[k].append("duplicate of an earlier row")
+    if "loss" in ours:
+        for k in np.flatnonzero(~(ours["loss"].to_numpy(dtype=float) > 0)):
+            labels[k].append(_odd_loss(float(ours["loss"].iloc[k])))
+    ours["labels"] = ["; ".join(each) or None for each in labels]
+    ours["source"] = f"{path}"
+    if "run" not in ours:
+        ours["run"] = [f"{path.stem}:{k + 1}" for k in range(len(ours))]
+    return found
+
+
+def as_status(text: Any) -> str | None:
+    """One of our statuses for what others call it; None for what is not known."""
+    word = normalised(str(text)).removeprefix("run")
+    return next((status for status in STATUSES if word in OUTCOMES[status]), None)
+
+
+def _read_status(found: Mapped, frame: pd.DataFrame, labels: list[list[str]], path: Path) -> None:
+    """Statuses in our words; a run of unknown status is taken for finished, unless its loss is no number."""
+    ours = found.frame
+    statuses: list[str | None] = [None] * len(ours)
+    if "status" in ours:
+        statuses = [None if pd.isna(each) else as_status(each) for each in ours["status"]]
+        strange = sorted({str(each) for each, known in zip(ours["status"], statuses, strict=True)
+                          if known is None and not pd.isna(each)})  # fmt: skip
+        if strange:
+            found.notes.append(f"{path}: status {', '.join(strange[:5])} is not known and taken for finished")
+    for name in frame.columns:
+        if normalised(name) in ("diverged", "isdiverged"):
+            truth = [str(each).lower() in ("true", "1", "1.0", "yes") for each in frame[name]]
+            statuses = [DIVERGED if each else status for each, status in zip(truth, statuses, strict=True)]
+    if "loss" in ours:
+        infinite = ~np.isfinite(ours["loss"].to_numpy(dtype=float))
+        written = _is_written(frame, found.mapping.get("loss", ""))
+        for k in np.flatnonzero(infinite & written):
+            if statuses[k] in (None, FINISHED):
+                statuses[k] = DIVERGED
+                labels[k].append("the loss is not finite")
+    ours["status"] = [each or FINISHED for each in statuses]
+
+
+def _is_written(frame: pd.DataFrame, name: str) -> np.ndarray:
+    """Where a run's loss can be told to be not a number, (rows,): a row that has anything else at all."""
+    others = frame.drop(columns=[name], errors="ignore")
+    return others.notna().any(axis=1).to_numpy()
+
+
+def _odd_loss(loss: float) -> str:
+    return "no finite loss" if not np.isfinite(loss) else f"the loss is {loss:.4g}"
+
+
+def _refuse_unreadable(found: Mapped, path: Path) -> None:
+    """ValueError where a size or the tokens were refused and nothing else stands in for them."""
+    frame, refused = found.frame, found.refusals
+    has_size = any(name in frame for name in SIZES)
+    has_tokens = "tokens" in frame or ("flops" in frame and has_size) or {"steps", "batch_tokens"} <= set(frame)
+    wanted = ([] if has_size else list(SIZES)) + ([] if has_tokens else ["tokens", "flops"])
+    for name in wanted:
+        if name in refused:
+            raise ValueError(f"{path}: {refused[name]}")
+    found.notes += [f"{path}: {reason}" for name, reason in refused.items() if name not in frame]
+
+
+def _parse(path: Path, data: bytes) -> pd.DataFrame:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet" or data[:4] == b"PAR1":
+        import pyarrow
+
+        try:
+            return pd.read_parquet(io.BytesIO(data))
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise ValueError(f"{path}: not a Parquet table: {error}") from None
+    if b"\0" in data[:65536]:
+        raise ValueError(f"{path}: holds binary data, not a table")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}), so not a table") from None
+    if not text.strip():
+        raise ValueError(f"{path}: is empty")
+    if suffix in (".jsonl", ".ndjson"):
+        return _flat(_json_lines(path, text))
+    if suffix == ".json":
+        return _json(path, text)
+    return _delimited(path, text)
+
+
+def _delimited(path: Path, text: str) -> pd.DataFrame:
+    lines = text.splitlines()
+    comments = next((k for k, line in enumerate(lines) if line.strip() and not line.startswith("# ")), 0)
+    header = lines[comments]
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
+    if header.count(delimiter) == 0:
+        delimiter = ","
+    if not all(character.isprintable() or character == "\t" for character in header):
+        raise ValueError(f"{path}: its first line is not the header of a table")
+    return pd.read_csv(io.StringIO(text), sep=delimiter, skiprows=comments, skipinitialspace=True, low_memory=False)
+
+
+def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
+    lines = text.split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # a writer's unfinished last line
+                continue
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: {line[:80]!r} is not a JSON object")
+        found.append(row)
+    return found
+
+
+def _json(path: Path, text: str) -> pd.DataFrame:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if isinstance(content, dict) and content and all(isinstance(each, list) for each in content.values()):
+        if len({len(each) for each in content.values()}) != 1:
+            raise ValueError(f"{path}: its columns differ in length")
+        return pd.DataFrame(content)
+    if isinstance(content, dict) and content and all(isinstance(each, dict) for each in content.values()):
+        content = [{"run": name, **each} for name, each in content.items()]
+    elif isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
+        raise ValueError(f"{path}: neither a list of objects, one a run, nor an object of columns")
+    return _flat(content)
+
+
+def _flat(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Nested objects become columns such as "config.lr"."""
+    return pd.json_normalize(rows)

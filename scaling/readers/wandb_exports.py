@@ -1,0 +1,72 @@
+"""Weights & Biases exports as CSV: the history of runs, one row a logged step (long), or a chart with a column for each
+run (wide). The table of runs that the site exports is a plain table with one row a run."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from scaling.columns import normalised
+from scaling.readers.histories import History, Series
+from scaling.readers.mapping import numbers
+
+AXES = ("_step", "step", "global_step", "trainer/global_step", "train/global_step", "iteration", "tokens")
+RUN_NAMES = ("run", "runid", "runname", "name", "id", "expname", "experiment", "displayname")
+_WIDE = re.compile(r"^(?P<run>.+?) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
+
+
+def is_wide(names: list[str]) -> bool:
+    """Whether a table is a chart's export: "run - metric" columns with their __MIN and __MAX."""
+    return any(name.endswith("__MIN") for name in names) and any(name.endswith("__MAX") for name in names)
+
+
+def wide(frame: pd.DataFrame, path: Path) -> Iterator[History]:
+    """The runs of a chart's export. Its first column is the axis."""
+    axis = frame.columns[0]
+    steps = numbers(frame[axis])
+    if steps is None:
+        raise ValueError(f"{path}: its first column, {axis!r}, holds no numbers")
+    runs: dict[str, dict[str, Series]] = {}
+    for name in frame.columns[1:]:
+        match = _WIDE.match(name)
+        values = numbers(frame[name]) if match and not match["bound"] else None
+        if values is None or match["metric"] == axis:
+            continue
+        runs.setdefault(match["run"], {})[match["metric"]] = sparse(steps, values)
+    kind = "tokens" if "token" in axis.lower() else "steps"
+    for run, series in runs.items():
+        yield History(run, f"{path}", series, axis=kind)
+
+
+def long(frame: pd.DataFrame, path: Path) -> Iterator[History]:
+    """The runs of a table with one row a logged step: those of its column of names, or one. What does not change within
+    a run is a setting of it."""
+    lower = {name.strip().lower(): name for name in frame.columns}
+    axis = next(lower[name] for name in AXES if name in lower)
+    names = [name for name in frame.columns if normalised(name) in RUN_NAMES]
+    names.sort(key=lambda name: RUN_NAMES.index(normalised(name)))
+    groups = frame.groupby(names[0], sort=False) if names else [(path.stem, frame)]
+    for run, group in groups:
+        steps = numbers(group[axis])
+        if steps is None:
+            raise ValueError(f"{path}: column {axis!r} holds no numbers")
+        series, settings = {}, {}
+        for name in group.columns:
+            if name in (axis, *names[:1]):
+                continue
+            present = group[name].dropna()
+            values = numbers(group[name]) if len(present) else None
+            is_constant = len(present) == len(group) and len(group) > 1 and present.nunique() == 1
+            if values is not None and not is_constant:
+                series[name] = sparse(steps, values)
+            elif len(present):
+                settings[name] = present.iloc[-1]
+        yield History(str(run), f"{path}", series, settings)
+
+
+def sparse(steps: np.ndarray, values: np.ndarray) -> Series:
+    """The rows at which a quantity was logged: an empty cell is no value, in a history that logs other things too."""
+    there = ~np.isnan(values) & np.isfinite(steps)
+    return Series(steps[there], values[there])
