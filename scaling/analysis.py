@@ -2,34 +2,29 @@
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from scaling import decisions, frontier, selection
-from scaling.fitting import fit
+from scaling import decisions, frontier
+from scaling.candidates import SIZES
+from scaling.columns import DIVERGED
 from scaling.gates import select
-from scaling.inputs import compute, of_rows
-from scaling.laws import LAWS, find
-from scaling.laws.law import Law
-from scaling.laws.nesting import IDLE
-from scaling.laws.powers import PowerLaw
-from scaling.optima.bowls import bowl
-from scaling.optima.cells import cells, levels
-from scaling.optima.fitting import fit_optima
-from scaling.results import Analysis, Bowl, Fit, HeldOut, Verdict
-from scaling.table import RunTable, column_of
+from scaling.inputs import compute
+from scaling.laws import find
+from scaling.loss_laws import fit_losses, fit_rows
+from scaling.optima.cells import levels
+from scaling.optimum_laws import find_optima
+from scaling.results import Analysis, Fit
+from scaling.table import RunTable
 
-SIZES = ("non_embedding", "total", "active")
-SETTINGS = ("lr", "batch_tokens")
-APART = (
-    "tokens", "unique_tokens", "streams", "recurrences", "once", "recurrent", "parent_tokens", "loss_kind", "data",
-    "tokenizer",
-)  # fmt: skip
-"""What a loss law may depend on beside the size: runs that have it equal and differ in lr or batch are one cell."""
+APART = ("tokens", "unique_tokens", "streams", "recurrences", "once", "recurrent", "parent_tokens")
+TEXTS_APART = ("loss_kind", "data", "tokenizer")
+"""What a loss may depend on beside the size: runs that have it equal and differ in lr or batch are one cell."""
+ON_ROWS = ("critical_batch", "timescale", "growth_tokens")
+"""Quantities that each run has a measurement of, in a column of that name."""
 Progress = Callable[[str], None]
 
 
@@ -52,8 +47,8 @@ def analyse(
     `laws`: names or products of powers that are asked for; without any of a quantity, all that the table has the
     columns for are tried and the best is chosen. `targets`: as of `decisions.decide`. `size`: the column that N means;
     by default the one that tells held-out runs better. `pool`: columns whose rows are fitted together although they
-    differ. ValueError for what a user can put right, before anything is fitted: a law or column that is not there, a
-    target that says too little, a table without a run to fit.
+    differ. ValueError for what a user can put right: a law or column that is not there, a target that says too little,
+    a table without a run to fit.
     """
     for target in targets:
         decisions.check(target)
@@ -63,57 +58,66 @@ def analyse(
     if not used.any():
         reasons = "; ".join(each.message for each in gates if each.level != "ok")
         raise ValueError(f"none of the {len(table)} runs can be fitted: {reasons or 'no finished run has a loss'}")
-    options = {"laws": list(laws), "targets": [dict(each) for each in targets], "size": size, "loss_kind": loss_kind,
-               "pool": list(pool), "replicates": replicates, "seed": seed, "far": far}  # fmt: skip
-    runs = table.where(used)
-    sizes = _sizes(runs, size)
-    best = best_of_cells(runs, sizes[0])
-    losses, held_out, said = _losses(runs.where(best), sizes, asked, replicates, seed, progress)
-    chosen = losses[0].size if losses else sizes[0]
-    bowls, optima, of_optima = _optima(table, used, chosen, asked, replicates, seed, progress)
-    others = _others(runs, chosen, asked, replicates, seed)
-    fits = (*losses, *optima, *others)
-    gates = (*gates, *said, *of_optima)
+    sizes = _sizes(table.where(used), size)
+    best = used.copy()
+    best[used] = best_of_cells(table.where(used), sizes[0])
+    progress("laws of loss")
+    losses = fit_losses(table, best, asked, sizes, replicates, seed)
+    chosen = losses.fits[0].size if losses.fits else sizes[0]
+    progress("optima of learning rate and batch")
+    optima = find_optima(_with_diverged(table, used), chosen, asked, replicates, seed)
     progress("decisions")
+    runs = table.where(used)
+    measured = [fit_rows(runs, law, sizes, replicates, seed) for law in asked if law.quantity in ON_ROWS]
+    fits = (*losses.fits, *optima.fits, *measured)
     shared = constants(runs)
-    decided = tuple(decisions.decide(each, fits, bowls, constants=shared, far=far) for each in targets)
+    options = {
+        "laws": list(laws), "targets": [dict(each) for each in targets], "size": size, "loss_kind": loss_kind,
+        "pool": list(pool), "replicates": replicates, "seed": seed, "far": far,
+    }  # fmt: skip
     return Analysis(
         table=table,
         used=used,
-        gates=gates,
+        gates=(*gates, *losses.verdicts, *optima.verdicts),
         fits=fits,
-        held_out=held_out,
-        bowls=bowls,
-        decisions=decided,
-        frontier=_frontier(runs.where(best), losses, replicates, seed),
+        held_out=(*losses.held_out, *optima.held_out),
+        bowls=optima.bowls,
+        decisions=tuple(
+            decisions.decide(
+                each, fits, optima.bowls, constants=shared, far=far, stability=optima.stability, seed=seed
+            )
+            for each in targets
+        ),
+        frontier=_frontier(table.where(best), losses.fits, replicates, seed),
         provenance={**provenance, "options": options, "versions": versions(), "fingerprint": table.fingerprint},
-        fitted=() if best.all() else tuple(int(each) for each in np.flatnonzero(used)[best]),
+        fitted=() if (best == used).all() else tuple(int(each) for each in np.flatnonzero(best)),
     )
 
 
 def _sizes(runs: RunTable, size: str | None) -> tuple[str, ...]:
     """The columns that N may mean. ValueError for one that is asked for and not known."""
     known = tuple(name for name in SIZES if runs.has(name))
-    if size is not None:
-        if size not in known:
-            raise ValueError(f"size {size!r} is not known of these runs; known: {', '.join(known) or 'none'}")
-        return (size,)
-    whole = [name for name in known if np.isfinite(runs.numbers(name)).all()] or list(known[:1])
-    different = [name for place, name in enumerate(whole) if not _same(runs, name, whole[:place])]
-    return tuple(different) or ("total",)
+    if size is None:
+        return known or ("total",)
+    if size not in known:
+        raise ValueError(f"size {size!r} is not known of these runs; known: {', '.join(known) or 'none'}")
+    return (size,)
 
 
-def _same(runs: RunTable, name: str, others: Sequence[str]) -> bool:
-    return any(np.allclose(runs.numbers(name), runs.numbers(other), rtol=1e-6) for other in others)
+def _with_diverged(table: RunTable, used: np.ndarray) -> RunTable:
+    """The used rows, and those that diverged, which bound the stable rates."""
+    if not table.has("status"):
+        return table.where(used)
+    return table.where(used | (table.frame["status"] == DIVERGED).to_numpy())
 
 
 def best_of_cells(runs: RunTable, size: str) -> np.ndarray:
     """The runs that loss laws are fitted to, (rows,) of bool: of a cell in which lr or batch vary the best one, as a
     law of loss is of tuned runs; of any other cell all, as they are repetitions."""
-    names = [name for name in (size, *APART) if runs.has(name)]
-    numbers = {name: levels(runs.numbers(name)) for name in names if name not in ("loss_kind", "data", "tokenizer")}
-    texts = {name: pd.factorize(runs.frame[name])[0] for name in names if name not in numbers}
-    settings = [levels(runs.numbers(name)) for name in SETTINGS if runs.has(name)]
+    numbers = {name: levels(runs.numbers(name)) for name in (size, *APART) if runs.has(name)}
+    texts = {name: pd.factorize(runs.frame[name])[0] for name in TEXTS_APART if runs.has(name)}
+    names = [*numbers, *texts]
+    settings = [levels(runs.numbers(name)) for name in ("lr", "batch_tokens") if runs.has(name)]
     kept, loss = np.ones(len(runs), dtype=bool), runs.numbers("loss")
     for rows in pd.DataFrame(numbers | texts).groupby(names).indices.values() if names else ():
         if any(len(set(each[rows])) > 1 for each in settings):
@@ -134,14 +138,18 @@ def constants(runs: RunTable) -> dict[str, float]:
     return found
 
 
-def clusters_of(runs: RunTable) -> np.ndarray:
-    """A number for each row, equal for rows of one run and of runs that continue one parent, (rows,)."""
-    names = [f"row {place}" for place in range(len(runs))]
-    for column in ("run", "parent"):
-        if runs.has(column):
-            told = runs.frame[column]
-            names = [name if pd.isna(each) else str(each) for name, each in zip(names, told, strict=True)]
-    return pd.factorize(np.array(names, dtype=object))[0]
+def _frontier(runs: RunTable, losses: Sequence[Fit], replicates: int, seed: int) -> dict[str, Any]:
+    """The compute-optimal N and D by all approaches that these runs allow, as JSON."""
+    size = losses[0].size if losses else next((name for name in SIZES if runs.has(name)), None)
+    found = {"law": frontier.of_law(losses[0]) if losses else None}
+    if size is not None and runs.has("tokens"):
+        columns = [compute(runs, size), runs.numbers(size), runs.numbers("tokens"), runs.numbers("loss")]
+        known = np.all([np.isfinite(each) & (each > 0) for each in columns], axis=0)
+        columns = [each[known] for each in columns]
+        if known.sum() > 2:
+            found["isoflop"] = frontier.isoflop(*columns, replicates=replicates, seed=seed)
+            found["envelope"] = frontier.envelope(*columns, replicates=min(replicates, 200), seed=seed)
+    return {name: each.as_json() for name, each in found.items() if each is not None}
 
 
 def versions() -> dict[str, str]:

@@ -5,14 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from scaling.laws import find
-from scaling.laws.law import SYMBOLS
-from scaling.proposal import FLOPS, allocate, extrapolation, plateau, reach, value_at
+from scaling import optima
+from scaling.proposal import FLOPS, allocate, extrapolation, reach, value_at
 from scaling.results import Bowl, Decision, Estimate, Fit, Plateau, Verdict
 from scaling.table import column_of
 
-SETTINGS = ("batch_tokens", "lr")
-"""In this order: a law of lr may need the batch."""
+SIZES = ("N", "D", "C")
 
 
 def check(target: Mapping[str, float]) -> None:
@@ -23,7 +21,7 @@ def check(target: Mapping[str, float]) -> None:
     if "C" not in target and not {"N", "D"} <= set(target):
         given = ", ".join(target) or "nothing"
         raise ValueError(f"target of {given}: accepted is C, or two of N, D and C, and other columns beside them")
-    if {"N", "D", "C"} <= set(target):
+    if set(SIZES) <= set(target):
         raise ValueError("target of N, D and C: two of them tell the third")
 
 
@@ -34,6 +32,8 @@ def decide(
     *,
     constants: Mapping[str, float] = {},
     far: bool = False,
+    stability: Fit | None = None,
+    seed: int = 0,
 ) -> Decision:
     """A proposal by the first law of each quantity.
 
@@ -42,37 +42,35 @@ def decide(
     for a target that says too little.
     """
     check(target)
-    laws = {}
-    for fit in fits:
-        laws.setdefault(fit.quantity, fit)
-    used = [laws[name] for name in ("loss", *SETTINGS) if name in laws]
-    if not used:
-        return Decision(target, {}, {}, np.nan, np.nan, (Verdict("failure", "no_law", "no law was fitted"),))
-    proposal, plateaus, regret, said = _sizes(target, laws.get("loss"))
-    if "N" not in proposal or "D" not in proposal:
-        return Decision(target, {}, {}, np.nan, extrapolation(used, target["C"]), tuple(said))
-    compute = target.get("C", FLOPS * proposal["N"].value * proposal["D"].value)
-    said += _reached(used, compute, far)
-    beyond = extrapolation(used, compute)
-    if any(each.level == "failure" for each in said):
-        return Decision(target, {}, {}, np.nan, beyond, tuple(said))
-    known = {**constants, **{column_of(name, "N"): value for name, value in target.items() if name not in "NDC"}}
-    known |= {"tokens": proposal["D"].value, "flops": compute}
-    for name in ("batch_tokens", "lr", "loss"):
-        if name in known or name not in laws:
-            continue
-        fit = laws[name]
+    loss = next((fit for fit in fits if fit.quantity == "loss"), None)
+    settings = [fit for fit in fits if fit.quantity in ("lr", "batch_tokens")]
+    proposal, plateaus, regret, said = _sizes(target, loss)
+    if not proposal:
+        return Decision(target, {}, {}, np.nan, _beyond(loss, target.get("C", np.nan)), tuple(said))
+    size, tokens = proposal["N"].value, proposal["D"].value
+    compute = target.get("C", FLOPS * size * tokens)
+    known = {name: value for name, value in constants.items() if value > 0}
+    known |= {name: value for name, value in target.items() if name not in SIZES}
+    known |= {"N": size, "D": tokens, "C": compute}
+    if settings:
+        found = _settings(known, fits, bowls, far, stability, seed)
+        said += found.verdicts
+        proposal |= {name: each for name, each in found.proposal.items() if name not in proposal}
+        plateaus |= found.plateau
+        regret = _sum(regret, found.regret)
+    if loss is not None:
+        said += _reach(loss, compute, far)
         try:
-            proposal[name] = value_at(fit, {**known, fit.size: proposal["N"].value})
+            columns = {column_of(name, loss.size): value for name, value in known.items()}
+            settled = {name: each.value for name, each in proposal.items() if name in ("lr", "batch_tokens")}
+            proposal["loss"] = value_at(loss, {**columns, **settled})
         except ValueError as error:
-            said.append(Verdict("warning", "not_told", f"no {name}: {error}"))
-            continue
-        known[name] = proposal[name].value
-        if name in SETTINGS and (found := plateau(bowls, name, proposal[name].value)) is not None:
-            plateaus[name] = found
-    settings = [laws[name] for name in SETTINGS if name in proposal]
-    regret = _sum(regret, _regret(settings, bowls, known, proposal["N"].value))
-    return Decision(target, proposal, plateaus, regret, beyond, (*said, *_weak(used)))
+            said.append(Verdict("warning", "not_told", f"no loss is predicted: {error}"))
+    beyond = np.nanmax([_beyond(fit, compute) for fit in (loss, *settings)], initial=-np.inf)
+    refused = any(each.level == "failure" and each.code == "extrapolation" for each in said)
+    if refused:
+        proposal, plateaus, regret = {}, {}, np.nan
+    return Decision(target, proposal, plateaus, regret, float(beyond) if beyond > 0 else np.nan, tuple(said))
 
 
 def _sizes(
@@ -86,7 +84,7 @@ def _sizes(
     if given:
         return {name: Estimate(given[name], given[name], given[name], 0.0) for name in "ND"}, {}, np.nan, []
     if loss is None:
-        return {}, {}, np.nan, [Verdict("failure", "no_law", "no law of the loss was fitted, to split the compute by")]
+        return {}, {}, np.nan, [Verdict("failure", "no_law", "there is no law of the loss to split the compute by")]
     try:
         found = allocate(loss, target["C"])
     except ValueError as error:
@@ -98,54 +96,32 @@ def _sizes(
     return {"N": found.N, "D": found.D}, {"N": found.plateau}, found.regret, said
 
 
-def _reached(fits: Sequence[Fit], compute: float, far: bool) -> list[Verdict]:
-    """How far each law is extrapolated; what is asked for is warned of instead of refused."""
-    found = reach(fits, compute)
+def _settings(
+    known: Mapping[str, float],
+    fits: Sequence[Fit],
+    bowls: Sequence[Bowl],
+    far: bool,
+    stability: Fit | None,
+    seed: int,
+) -> Decision:
+    """Learning rate and batch; what a law reads and nothing tells is said in a verdict."""
+    try:
+        return optima.decide(known, fits, bowls, far=far, stability=stability, seed=seed)
+    except ValueError as error:
+        return Decision(known, {}, {}, np.nan, np.nan, (Verdict("warning", "not_told", f"no lr or batch: {error}"),))
+
+
+def _reach(loss: Fit, compute: float, far: bool) -> list[Verdict]:
+    """How far the law of loss is extrapolated; where it was asked for, a refusal becomes a warning."""
+    found = reach([loss], compute)
     if far:
         return [replace(each, level="warning") for each in found]
-    refusal = "; nothing is proposed that far unless asked for (--far)"
+    refusal = "; nothing is proposed that far unless asked for"
     return [replace(each, message=each.message + refusal) if each.level == "failure" else each for each in found]
 
 
-def _weak(fits: Sequence[Fit]) -> list[Verdict]:
-    return [
-        Verdict("warning", "unidentified", f"the law of {fit.quantity}, {fit.law}, is not identified by these runs")
-        for fit in fits
-        if not fit.identified
-    ]
-
-
-def _regret(settings: Sequence[Fit], bowls: Sequence[Bowl], known: Mapping[str, float], size: float) -> float:
-    """Expected excess of the loss for not knowing the best lr and batch: half the curvature times the variance of ln of
-    the optimum, over bootstrap draws and the scatter of cells around the law."""
-    curved = [each.curvature for each in bowls if len(each.curvature) == 3]
-    if not settings or not curved or any(len(fit.draws) < 2 for fit in settings):
-        return np.nan
-    of_lr, cross, of_batch = (_median([each[place] for each in curved]) for place in range(3))
-    away = {}
-    for fit in settings:
-        x = {symbol: np.array([_known(known, symbol, fit, size)]) for symbol in find(fit.law).inputs}
-        draws = np.log(fit.predictions(x)[:, 0]) - np.log(fit.predict(x)[0])
-        away[fit.quantity] = draws, float(fit.details.get("scatter") or 0.0)
-    parts = []
-    for name, curvature in (("lr", of_lr), ("batch_tokens", of_batch)):
-        if name in away and np.isfinite(curvature):
-            draws, scatter = away[name]
-            parts.append(0.5 * curvature * (np.mean(draws**2) + scatter**2))
-    if len(away) == 2 and np.isfinite(cross):
-        lr, batch = away["lr"][0], away["batch_tokens"][0]
-        if len(lr) == len(batch):  # drawn from the same cells, with the same seed
-            parts.append(cross * np.mean(lr * batch))
-    return float(max(np.expm1(sum(parts)), 0.0)) if parts else np.nan
-
-
-def _known(known: Mapping[str, float], symbol: str, fit: Fit, size: float) -> float:
-    return size if symbol == "N" else known.get(SYMBOLS.get(symbol, symbol), np.nan)
-
-
-def _median(values: Sequence[float]) -> float:
-    finite = [each for each in values if np.isfinite(each)]
-    return float(np.median(finite)) if finite else np.nan
+def _beyond(fit: Fit | None, compute: float) -> float:
+    return np.nan if fit is None else extrapolation([fit], compute)
 
 
 def _sum(*values: float) -> float:
