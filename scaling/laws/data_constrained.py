@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from scaling.laws.chinchilla import DATA, FLOOR, SIZE
 from scaling.laws.law import Inputs, Law, Parameter
-from scaling.laws.terms import DATA_EXPONENT, DATA_SCALE, FLOOR, SIZE_EXPONENT, SIZE_SCALE, log_loss, unpacked
+from scaling.laws.terms import DATA_EXPONENT, SIZE_EXPONENT, log_loss, unpacked
 
 ENDLESS = 1e9
 """Repetitions that are worth as much as new tokens: with R_D and R_N at this value the law is Chinchilla's."""
@@ -27,7 +28,8 @@ class DataConstrained(Law):
     formula = "L = E + A N'^-alpha + B D'^-beta; D' = U + U R_D (1 - exp(-(D/U - 1) / R_D)), N' likewise with R_N"
     source = "Muennighoff et al. 2023, arXiv 2305.16264, equations 5 to 7"
     inputs = ("N", "D", "U")
-    parameters = (FLOOR, SIZE_SCALE, DATA_SCALE, SIZE_EXPONENT, DATA_EXPONENT, REPEATED_DATA, EXCESS_SIZE)
+    parameters = (FLOOR, SIZE, DATA, SIZE_EXPONENT, DATA_EXPONENT, REPEATED_DATA, EXCESS_SIZE)
+    floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, alpha, beta, ln_rd, ln_rn = unpacked(coordinates)
@@ -60,7 +62,7 @@ class DataConstrained(Law):
 def saturating(ln_ratio: np.ndarray, ln_limit: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ln(1 + L (1 - e^(-R/L))) of the ratio 1 + R and the limit L, and its derivative by ln L and by ln(1 + R)."""
     limit = np.exp(ln_limit)
-    repeated = np.expm1(ln_ratio)
+    repeated = np.expm1(np.minimum(ln_ratio, 300.0))  # beyond it only hopeless starting values lead
     z = repeated / limit
     worth = 1.0 - limit * np.expm1(-z)
     by_limit = limit * (-np.expm1(-z) - z * np.exp(-z)) / worth

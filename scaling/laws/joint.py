@@ -3,9 +3,10 @@
 import numpy as np
 
 from scaling.laws import parscale, recurrence
+from scaling.laws.chinchilla import DATA, FLOOR, SIZE
 from scaling.laws.data_constrained import REPEATED_DATA, saturating
 from scaling.laws.law import Inputs, Law
-from scaling.laws.terms import DATA_EXPONENT, DATA_SCALE, FLOOR, SIZE_EXPONENT, SIZE_SCALE, log_loss, unpacked
+from scaling.laws.terms import DATA_EXPONENT, SIZE_EXPONENT, log_loss, unpacked
 
 
 class Joint(Law):
@@ -20,14 +21,16 @@ class Joint(Law):
     inputs = ("N_once", "N_rec", "r", "P", "D", "U")
     parameters = (
         FLOOR,
-        SIZE_SCALE,
-        DATA_SCALE,
+        SIZE,
+        DATA,
         SIZE_EXPONENT,
         DATA_EXPONENT,
         recurrence.REUSE,
         parscale.GAIN,
         REPEATED_DATA,
     )
+    coefficients = ("E", "A", "B")
+    floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, alpha, beta, phi, gain, ln_rd = unpacked(coordinates)

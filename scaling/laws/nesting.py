@@ -50,7 +50,7 @@ NESTINGS = (
     Nesting("parscale_tokens", "joint", {"phi": 0.0, "R_D": ENDLESS}),
     Nesting("recurrence", "joint", {"k": 0.0, "R_D": ENDLESS}),
 )
-"""N of the smaller law is N_once + N_rec of the larger one. over_training is a case of chinchilla_tied if C is 6 N D."""
+"""N of the smaller law is N_once + N_rec of the larger one. over_training is chinchilla_tied if C is 6 N D."""
 
 
 def nesting(smaller: str, larger: str) -> Nesting | None:

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from scaling.laws.chinchilla import FLOOR
 from scaling.laws.law import Inputs, Law, Parameter
-from scaling.laws.terms import FLOOR, log_loss, unpacked
+from scaling.laws.terms import log_loss, unpacked
 
 
 class OverTraining(Law):
@@ -23,6 +24,8 @@ class OverTraining(Law):
         Parameter("b", 1e-3, 1e15, (10.0, 1e5), "scale of the loss for too few tokens", logarithmic=True),
         Parameter("eta", 0.005, 1.0, (0.05, 0.4), "exponent of compute and of the ratio"),
     )
+    coefficients = ("E", "a", "b")
+    floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, eta = unpacked(coordinates)

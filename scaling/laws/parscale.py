@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from scaling.laws.chinchilla import DATA, FLOOR, SIZE
 from scaling.laws.law import Inputs, Law, Parameter
-from scaling.laws.terms import DATA_EXPONENT, DATA_SCALE, FLOOR, SIZE_EXPONENT, SIZE_SCALE, log_loss, unpacked
+from scaling.laws.terms import DATA_EXPONENT, SIZE_EXPONENT, log_loss, unpacked
 
 GAIN = Parameter("k", 0.0, 10.0, (0.05, 1.0), "P streams are worth 1 + k ln P times the parameters")
 
@@ -28,6 +29,7 @@ class ParScale(Law):
         SIZE_EXPONENT,
         GAIN,
     )
+    floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, alpha, gain = unpacked(coordinates)
@@ -43,7 +45,9 @@ class ParScaleTokens(Law):
     formula = "L = E + A (N (1 + k ln P))^-alpha + B D^-beta"
     source = "Chen et al. 2025, ParScale, arXiv 2505.10475, equation 4, with the data term of Hoffmann et al. 2022"
     inputs = ("N", "D", "P")
-    parameters = (FLOOR, SIZE_SCALE, DATA_SCALE, SIZE_EXPONENT, DATA_EXPONENT, GAIN)
+    parameters = (FLOOR, SIZE, DATA, SIZE_EXPONENT, DATA_EXPONENT, GAIN)
+    coefficients = ("E", "A", "B")
+    floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, alpha, beta, gain = unpacked(coordinates)

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from scaling.laws.chinchilla import DATA, FLOOR, SIZE
 from scaling.laws.law import Inputs, Law, Parameter
-from scaling.laws.terms import DATA_EXPONENT, DATA_SCALE, FLOOR, SIZE_EXPONENT, SIZE_SCALE, log_loss, unpacked
+from scaling.laws.terms import DATA_EXPONENT, SIZE_EXPONENT, log_loss, unpacked
 
 REUSE = Parameter("phi", -0.5, 1.5, (0.0, 1.0), "r uses of a block are worth r^phi blocks of its size")
 
@@ -23,7 +24,9 @@ class Recurrence(Law):
     formula = "L = E + A (N_once + r^phi N_rec)^-alpha + B D^-beta"
     source = "arXiv 2604.21106: phi = 0.46 over 116 runs with r from 1 to 8"
     inputs = ("N_once", "N_rec", "r", "D")
-    parameters = (FLOOR, SIZE_SCALE, DATA_SCALE, SIZE_EXPONENT, DATA_EXPONENT, REUSE)
+    parameters = (FLOOR, SIZE, DATA, SIZE_EXPONENT, DATA_EXPONENT, REUSE)
+    coefficients = ("E", "A", "B")
+    floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, alpha, beta, phi = unpacked(coordinates)

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from scaling.laws.chinchilla import DATA, FLOOR, SIZE
 from scaling.laws.law import Inputs, Law, Parameter
-from scaling.laws.terms import DATA_EXPONENT, DATA_SCALE, FLOOR, SIZE_EXPONENT, SIZE_SCALE, log_loss, unpacked
+from scaling.laws.terms import DATA_EXPONENT, SIZE_EXPONENT, log_loss, unpacked
 
 PUBLISHED_SCALE = 1.0
 """D0, in tokens, with which the law is the paper's power of D1 itself: use it where every run has a parent."""
@@ -39,7 +40,9 @@ class Reuse(Law):
     formula = "L = E + B (1 + D1/D0)^-a1 D^-(beta - a3 ln(1 + D1/D0))"
     source = "arXiv 2510.06548, with D1 + D0 in place of D1"
     inputs = ("D", "D1")
-    parameters = (FLOOR, DATA_SCALE, DATA_EXPONENT, *_REUSE)
+    parameters = (FLOOR, DATA, DATA_EXPONENT, *_REUSE)
+    coefficients = ("E", "B")
+    floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, *data = unpacked(coordinates)
@@ -53,7 +56,9 @@ class ReuseSizes(Law):
     formula = "L = E + A N^-alpha + B (1 + D1/D0)^-a1 D^-(beta - a3 ln(1 + D1/D0))"
     source = "arXiv 2510.06548, with D1 + D0 in place of D1 and the size term of Hoffmann et al. 2022"
     inputs = ("N", "D", "D1")
-    parameters = (FLOOR, SIZE_SCALE, DATA_SCALE, SIZE_EXPONENT, DATA_EXPONENT, *_REUSE)
+    parameters = (FLOOR, SIZE, DATA, SIZE_EXPONENT, DATA_EXPONENT, *_REUSE)
+    coefficients = ("E", "A", "B")
+    floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, alpha, beta, *reuse = unpacked(coordinates)

@@ -9,11 +9,8 @@ from scaling.laws.law import Parameter
 Term = tuple[np.ndarray, Mapping[str, np.ndarray | float]]
 """ln of a term, (S, n) or what broadcasts to it, and its derivative by the coordinates of the parameters named."""
 
-FLOOR = Parameter("E", 0.0, 50.0, (0.1, 3.0), "loss that no size and no data takes away")
-SIZE_SCALE = Parameter("A", 1e-3, 1e15, (10.0, 1e5), "scale of the loss that size takes away", logarithmic=True)
-DATA_SCALE = Parameter("B", 1e-3, 1e15, (10.0, 1e5), "scale of the loss that data takes away", logarithmic=True)
-SIZE_EXPONENT = Parameter("alpha", 0.01, 2.0, (0.1, 0.8), "exponent of size")
-DATA_EXPONENT = Parameter("beta", 0.01, 2.0, (0.1, 0.8), "exponent of data")
+SIZE_EXPONENT = Parameter("alpha", 0.01, 3.0, (0.05, 1.2), "exponent of size")
+DATA_EXPONENT = Parameter("beta", 0.01, 3.0, (0.05, 1.2), "exponent of data")
 
 
 def unpacked(coordinates: np.ndarray) -> np.ndarray:

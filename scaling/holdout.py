@@ -1,0 +1,190 @@
+"""How well laws, and naive baselines, predict runs that they were not fitted to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.candidates import Candidate
+from scaling.fitting.levenberg import minimise
+from scaling.fitting.objective import Huber, Objective, spread
+from scaling.fitting.starts import draw
+from scaling.frontier import levels
+from scaling.laws import find
+from scaling.results import HeldOut
+
+LARGEST_COMPUTE, LARGEST_SIZE = "largest compute", "largest N"
+EXTRAPOLATIONS = (LARGEST_COMPUTE, LARGEST_SIZE)
+"""Splits whose tested runs lie beyond the trained ones, as the runs do that a law is asked for."""
+SHARE = 0.15
+"""Of the rows that are held out at the end of compute, at least."""
+FOLDS = 8
+"""Sizes are held out one by one up to so many, and in so many groups of neighbours beyond."""
+WARM = 4
+"""Solutions of the fit to all rows that a hold-out starts from, beside new ones."""
+PUBLISHED = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
+"""Chinchilla, in nats for each token of its own data (Besiroglu et al. 2024, arXiv 2404.10102)."""
+
+
+@dataclass(frozen=True)
+class Split:
+    name: str
+    train: np.ndarray
+    """(n,) of bool."""
+    test: np.ndarray
+
+
+def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
+    """Hold-outs of rows, (n,) each: the largest compute, the largest N, each N, and rolling from smaller to larger N.
+
+    Where C is not known, (n,) of NaN, that one is left out. A split needs half of the rows, and three sizes, to train
+    on.
+    """
+    level = levels(size)
+    fold = level if level.max() < FOLDS else np.unique(_folds(level), return_inverse=True)[1]
+    splits = []
+    if np.isfinite(compute).all():
+        splits.append(_split(LARGEST_COMPUTE, _last(levels(compute), SHARE)))
+    splits.append(_split(LARGEST_SIZE, _last(level, 0.0)))
+    for number in range(fold.max() + 1):
+        rows = fold == number
+        splits.append(_split(f"without N = {_range(size[rows])}", rows))
+        splits.append(Split(f"up to N = {size[fold < number].max(initial=0):.3g}", fold < number, rows))
+    return tuple(
+        each
+        for each in splits
+        if each.train.sum() >= max(6, len(size) / 2) and len(set(level[each.train])) >= 3 and each.test.any()
+    )
+
+
+def solve(
+    candidate: Candidate, y: np.ndarray, *, objective: Objective | None = None, starts: int = 200, seed: int = 0
+) -> np.ndarray:
+    """Best parameter vectors of a fit to all rows (`WARM`, K), the best first. y (n,) is the loss."""
+    law, fixed = candidate.law, _fixed(candidate)
+    begin = np.where(np.isnan(fixed), draw(law, candidate.x, np.log(y), starts, seed), fixed)
+    found = minimise(
+        law, candidate.x, np.log(y), begin, objective or Huber(), free=np.isnan(fixed), tolerance=1e-7, iterations=150
+    )
+    return found.coordinates[np.argsort(found.objective, kind="stable")[:WARM]]
+
+
+def held_out(
+    candidate: Candidate,
+    y: np.ndarray,
+    splits: tuple[Split, ...],
+    *,
+    warm: np.ndarray,
+    objective: Objective | None = None,
+    starts: int = 16,
+    seed: int = 0,
+) -> dict[str, tuple[HeldOut, np.ndarray]]:
+    """Each split's measures, and the tested rows' predicted / measured - 1. y (n,) is the loss.
+
+    All splits are fitted at once, rows that are held out with a weight of 0: from solutions of the fit to all rows,
+    `warm`, and from `starts` of the split's own. The intervals for the coverage are of the residuals' spread and of
+    the parameters' covariance by the Jacobian.
+    """
+    law, fixed, target = candidate.law, _fixed(candidate), np.log(y)
+    free = np.isnan(fixed)
+    begins, weights = [], []
+    for split in splits:
+        own = {symbol: values[split.train] for symbol, values in candidate.x.items()}
+        begin = np.vstack([warm, draw(law, own, target[split.train], starts, seed)])
+        begins.append(np.where(free, begin, fixed))
+        weights.append(np.tile(split.train.astype(float), (len(begin), 1)))
+    found = minimise(
+        law, candidate.x, target, np.vstack(begins), objective or Huber(), weights=np.vstack(weights), free=free,
+        tolerance=1e-7, iterations=150,
+    )  # fmt: skip
+    each = len(warm) + starts
+    results = {}
+    for index, split in enumerate(splits):
+        own = slice(index * each, (index + 1) * each)
+        best = found.coordinates[own][np.argmin(found.objective[own])]
+        log, jacobian = law.evaluate(best[None], candidate.x)
+        half_width = _half_width(jacobian[0][:, free], target - log[0], split)
+        errors = np.exp(log[0] - target)[split.test] - 1
+        inside = np.abs(log[0] - target)[split.test] <= half_width
+        results[split.name] = measures(law.name, candidate.size, split, errors, float(inside.mean())), errors
+    return results
+
+
+def baselines(
+    y: np.ndarray, compute: np.ndarray, x: Mapping[str, np.ndarray], splits: tuple[Split, ...], *, published: bool
+) -> dict[str, dict[str, tuple[HeldOut, np.ndarray]]]:
+    """The same, by name of the baseline, of what no fit is needed for: the loss of the trained run of most compute, a
+    power of C alone, and, where the loss is in its units, the published Chinchilla law."""
+    predicted: dict[str, dict[str, np.ndarray]] = {}
+    for split in splits:
+        if np.isfinite(compute).all():
+            train, ln_c = np.flatnonzero(split.train), np.log(compute)
+            largest = train[ln_c[train] > ln_c[train].max() - 1e-6]
+            predicted.setdefault("last scale", {})[split.name] = np.full(len(y), y[largest].min())
+            if np.ptp(ln_c[train]) > 0:
+                line = np.polynomial.Polynomial.fit(ln_c[train], np.log(y[train]), 1)
+                predicted.setdefault("power of C", {})[split.name] = np.exp(line(ln_c))
+        if published and np.isfinite(x["D"]).all():
+            law = find("chinchilla")
+            values = law.log_value(law.coordinates(PUBLISHED)[None], {"N": x["N"], "D": x["D"]})[0]
+            predicted.setdefault("published chinchilla", {})[split.name] = np.exp(values)
+    results: dict[str, dict[str, tuple[HeldOut, np.ndarray]]] = {}
+    for name, by_split in predicted.items():
+        for split in splits:
+            if split.name in by_split:
+                errors = (by_split[split.name] / y)[split.test] - 1
+                measured = measures(name, "", split, errors, float("nan"))
+                results.setdefault(name, {})[split.name] = measured, errors
+    return results
+
+
+def measures(law: str, size: str, split: Split, errors: np.ndarray, coverage: float) -> HeldOut:
+    """Of predicted / measured - 1 of the tested rows. The standard error of one row is its error."""
+    absolute = np.abs(errors)
+    se = absolute.std(ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else absolute[0]
+    return HeldOut(
+        law, size, split.name, int(split.train.sum()), len(errors), float(absolute.mean()), float(se),
+        float(errors.mean()), coverage,
+    )  # fmt: skip
+
+
+def _fixed(candidate: Candidate) -> np.ndarray:
+    """The coordinates of fixed parameters, and NaN for the free ones, (K,)."""
+    given = candidate.fixed
+    return np.array(
+        [float(p.coordinate(given[p.name])) if p.name in given else np.nan for p in candidate.law.parameters]
+    )
+
+
+def _half_width(jacobian: np.ndarray, residuals: np.ndarray, split: Split) -> np.ndarray:
+    """Of the 95 % intervals of the tested rows in ln of the loss."""
+    trained, tested = jacobian[split.train], jacobian[split.test]
+    noise = spread(residuals[None, split.train], np.ones((1, int(split.train.sum()))))[0]
+    noise *= np.sqrt(len(trained) / max(1, len(trained) - jacobian.shape[1]))
+    scale = np.sqrt((trained**2).mean(axis=0)) + 1e-300
+    covariance = np.linalg.pinv((trained / scale).T @ (trained / scale), rcond=1e-12, hermitian=True)
+    of_law = np.einsum("nk,kl,nl->n", tested / scale, covariance, tested / scale)
+    return 1.96 * noise * np.sqrt(1 + np.maximum(of_law, 0))
+
+
+def _last(level: np.ndarray, share: float) -> np.ndarray:
+    """The rows of the highest levels, as many as make up this share of the rows; of the highest one at least."""
+    counts = np.bincount(level)
+    beyond = np.cumsum(counts[::-1])
+    return level > level.max() - 1 - np.searchsorted(beyond, share * len(level))
+
+
+def _split(name: str, test: np.ndarray) -> Split:
+    return Split(name, ~test, test)
+
+
+def _folds(level: np.ndarray) -> np.ndarray:
+    """Neighbouring levels in groups of about as many rows."""
+    counts = np.bincount(level)
+    middle = np.cumsum(counts) - counts / 2
+    return np.minimum((middle / len(level) * FOLDS).astype(int), FOLDS - 1)[level]
+
+
+def _range(size: np.ndarray) -> str:
+    low, high = f"{size.min():.3g}", f"{size.max():.3g}"
+    return low if size.max() < 1.02 * size.min() else f"{low} to {high}"

@@ -1,0 +1,195 @@
+"""Which law to use: that of fewest parameters within one standard error of the best prediction of held-out runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import chi2
+
+from scaling.candidates import SIZES, Candidate, find_candidates, with_defaults
+from scaling.fitting.levenberg import minimise
+from scaling.fitting.objective import Huber, spread
+from scaling.holdout import EXTRAPOLATIONS, baselines, held_out, make_splits, solve
+from scaling.laws.nesting import NESTINGS
+from scaling.results import HeldOut, Verdict
+from scaling.table import RunTable
+
+OTHER_UNITS = ("bit", "bpc", "bpb", "byte", "character")
+"""In a loss kind: it is not in nats for each token."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A law, or a baseline, by its predictions beyond the runs it was fitted to."""
+
+    law: str
+    size: str
+    """Empty for a baseline."""
+    parameters: int
+    """Fitted ones."""
+    error: float
+    """Mean of |predicted / measured - 1| over the splits that count."""
+    error_se: float
+    fixed: dict[str, float]
+
+    @property
+    def is_baseline(self) -> bool:
+        return not self.size
+
+
+@dataclass(frozen=True)
+class Choice:
+    law: str
+    size: str
+    fixed: dict[str, float]
+    """Parameters to fix in the fit, since the rows do not tell of them."""
+    ranked: tuple[Score, ...]
+    """Best first, baselines among them."""
+    held_out: tuple[HeldOut, ...]
+    """Of each law, size and baseline, and each split."""
+    rows: np.ndarray
+    """(rows of the table,) of bool: those that were compared on."""
+    verdicts: tuple[Verdict, ...]
+
+
+def choose(
+    table: RunTable,
+    used: np.ndarray,
+    *,
+    laws: Sequence[str] | None = None,
+    sizes: Sequence[str] = SIZES,
+    starts: int = 200,
+    seed: int = 0,
+) -> Choice:
+    """The law of loss, and the meaning of N, for these rows, (rows,) of bool.
+
+    Candidates are `laws` (all of loss if not given) with all of `sizes`; what the table cannot tell of is left out,
+    with a verdict. The score is the mean error on the largest compute and the largest N, held out one at a time; with
+    too few runs for that, on each N. ValueError where no law can be fitted, or nothing held out.
+    """
+    rows, candidates, verdicts = find_candidates(table, used, laws=laws, sizes=sizes)
+    kept = table.where(rows)
+    y, x = kept.numbers("loss"), with_defaults(kept, candidates[0].size)
+    splits = make_splits(x["C"], x["N"])
+    if not splits:
+        raise ValueError(
+            f"{len(y)} runs of {len(set(x['N']))} sizes are too few to hold any out; at least 4 are needed"
+        )
+    counting = [each.name for each in splits if each.name in EXTRAPOLATIONS] or [each.name for each in splits]
+    scores, measured, solutions = [], [], {}
+    for candidate in candidates:
+        best = solve(candidate, y, starts=starts, seed=seed)
+        results = held_out(candidate, y, splits, warm=best, seed=seed)
+        solutions[candidate.law.name, candidate.size] = candidate, best
+        scores.append(_score(results, counting, candidate.free, dict(candidate.fixed)))
+        measured += [each for each, _ in results.values()]
+    for results in baselines(y, x["C"], x, splits, published=_in_nats(kept)).values():
+        scores.append(_score(results, counting, 0, {}))
+        measured += [each for each, _ in results.values()]
+    ranked = tuple(sorted(scores, key=lambda score: score.error))
+    chosen, reasons = one_standard_error(ranked, counting)
+    verdicts = (*reasons, *compare_sizes(ranked), *compare_nested(solutions, ranked, y), *verdicts)
+    return Choice(chosen.law, chosen.size, chosen.fixed, ranked, tuple(measured), rows, verdicts)
+
+
+def one_standard_error(ranked: Sequence[Score], counting: Sequence[str]) -> tuple[Score, tuple[Verdict, ...]]:
+    """The law of fewest parameters, and of these of lowest error, within one standard error of the best law."""
+    fitted = [each for each in ranked if not each.is_baseline]
+    best = fitted[0]
+    close = [each for each in fitted if each.error <= best.error + best.error_se]
+    chosen = min(close, key=lambda each: (each.parameters, each.error))
+    where = " and ".join(counting) if len(counting) <= 2 else f"{len(counting)} hold-outs"
+    told = f"{_named(chosen)} errs by {_percent(chosen)} on {where}"
+    if chosen is not best:
+        told += f", within one standard error of {_named(best)} ({_percent(best)}) with fewer parameters or as many"
+    verdicts = [Verdict("ok", "chosen", told)]
+    if (naive := ranked[0]).is_baseline:
+        message = f"the baseline {naive.law!r} errs by {_percent(naive)}, less than any law: do not rely on these laws"
+        verdicts.append(Verdict("warning", "baseline", message))
+    return chosen, tuple(verdicts)
+
+
+def compare_sizes(ranked: Sequence[Score]) -> tuple[Verdict, ...]:
+    """For each law that was tried with several meanings of N: their errors."""
+    verdicts = []
+    for law in dict.fromkeys(each.law for each in ranked if not each.is_baseline):
+        tried = [each for each in ranked if each.law == law and not each.is_baseline]
+        if len(tried) > 1:
+            errors = ", ".join(f"{each.size} {_percent(each)}" for each in tried)
+            verdicts.append(Verdict("ok", "sizes", f"{law} by what N counts: {errors}"))
+    return tuple(verdicts)
+
+
+def compare_nested(
+    solutions: dict[tuple[str, str], tuple[Candidate, np.ndarray]], ranked: Sequence[Score], y: np.ndarray
+) -> tuple[Verdict, ...]:
+    """Of each pair of nested laws: whether the larger one's further parameters are needed.
+
+    By the robust likelihood ratio, tau = 2 sum psi' / sum psi^2 times the gain in Huber's loss, which is chi-square
+    distributed with as many degrees of freedom as parameters are freed (Hampel et al. 1986, chapter 7.2), at a
+    threshold of 1.345 standard deviations of the larger law's residuals; and by the held-out errors.
+    """
+    scores = {(each.law, each.size): each for each in ranked}
+    verdicts = []
+    for nesting in NESTINGS:
+        for size in dict.fromkeys(size for _, size in solutions):
+            smaller, larger = solutions.get((nesting.smaller, size)), solutions.get((nesting.larger, size))
+            if smaller is None or larger is None:
+                continue
+            freed = larger[0].free - smaller[0].free
+            if freed < 1:
+                continue
+            tau = likelihood_ratio(smaller, larger, y)
+            p = float(chi2.sf(tau, freed))
+            need = "needs" if p < 0.05 else "does not need"
+            message = (
+                f"{_named(scores[nesting.larger, size])} {need} its {freed} more than {nesting.smaller}: tau = "
+                f"{tau:.3g}, p = {p:.2g}; held-out errors {_percent(scores[nesting.larger, size])} and "
+                f"{_percent(scores[nesting.smaller, size])}"
+            )
+            verdicts.append(Verdict("ok", "nested", message))
+    return tuple(verdicts)
+
+
+def likelihood_ratio(
+    smaller: tuple[Candidate, np.ndarray], larger: tuple[Candidate, np.ndarray], y: np.ndarray
+) -> float:
+    """tau of two nested laws, with each law's starting values (S, K) of a fit to the loss y, (n,)."""
+    target = np.log(y)
+
+    def residuals(candidate: Candidate, begin: np.ndarray, objective: Huber) -> np.ndarray:
+        free = np.array([each.name not in candidate.fixed for each in candidate.law.parameters])
+        found = minimise(candidate.law, candidate.x, target, begin, objective, free=free)
+        return found.residuals[np.argmin(found.objective)]
+
+    first = target - larger[0].law.log_value(larger[1][:1], larger[0].x)[0]
+    objective = Huber(1.345 * max(float(spread(first[None], np.ones((1, len(y))))[0]), 1e-9))
+    ours, theirs = (residuals(*each, objective) for each in (smaller, larger))
+    ones = np.ones((1, len(y)))
+    gain = float(objective.value(ours[None], ones)[0] - objective.value(theirs[None], ones)[0])
+    psi = np.clip(theirs, -objective.delta, objective.delta)
+    return max(0.0, 2 * float((np.abs(theirs) < objective.delta).sum() / (psi**2).sum()) * gain)
+
+
+def _score(results: dict, counting: Sequence[str], parameters: int, fixed: dict[str, float]) -> Score:
+    """The mean over splits; its standard error from those of the splits, taken as independent."""
+    counted = [results[name][0] for name in counting if name in results]
+    error = float(np.mean([each.error for each in counted]))
+    se = float(np.sqrt(np.sum([each.error_se**2 for each in counted])) / len(counted))
+    return Score(counted[0].law, counted[0].size, parameters, error, se, fixed)
+
+
+def _in_nats(table: RunTable) -> bool:
+    """Whether nothing says that the loss is in other units than nats for each token."""
+    if not table.has("loss_kind"):
+        return True
+    kinds = {str(each).lower() for each in table.frame["loss_kind"].dropna()}
+    return not any(unit in kind for kind in kinds for unit in OTHER_UNITS)
+
+
+def _named(score: Score) -> str:
+    return f"{score.law} in {score.size} parameters" if score.size else score.law
+
+
+def _percent(score: Score) -> str:
+    return f"{100 * score.error:.3g} +- {100 * score.error_se:.2g} %"
