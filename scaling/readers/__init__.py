@@ -1,0 +1,155 @@
+"""Reading runs: from run directories, event files, logs and tables to one table with one row a run."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from scaling.columns import NAMES, TEXTS
+from scaling.readers import event_files, histories, megatron, run_directory, tables, wandb_exports
+from scaling.readers.derived import complete, join, unknown
+from scaling.readers.mapping import UNITS, Mapped, check_names
+from scaling.readers.sources import Source, find
+from scaling.table import RunTable, tidy
+
+DUPLICATE = "duplicate of "
+"""How the label of a run begins that is in a table twice."""
+
+
+def read(
+    paths: Sequence[str | Path],
+    columns: Mapping[str, str] | None = None,
+    constants: Mapping[str, str | float] | None = None,
+) -> RunTable:
+    """One row for each run at and below some paths.
+
+    `columns` says which name is which column, as {"total": "params * 1e6"}, where a guess is wrong or not made; for
+    `loss` also the tag of a log, the held-out set of a run directory, or "train" for its smoothed training loss.
+    `constants` are values for columns that stay unknown otherwise, as {"seq_len": 2048, "tokens": "42B"}.
+
+    ValueError, naming the file and the column or line, for what cannot be read or is not certain.
+    """
+    columns, constants = dict(columns or {}), dict(constants or {})
+    check_names(list(columns), "columns")
+    check_names(list(constants), "constants")
+    parts: list[Mapped] = []
+    digests: list[str] = []
+    sources = find(paths)
+    runs = [each for each in sources if each.kind == "run"]
+    if runs:
+        parts.append(_run_directories(runs, columns, digests))
+    for source in sources:
+        if source.kind != "run":
+            parts += _foreign(source, columns, digests)
+    frame = pd.concat([each.frame for each in parts if len(each.frame)] or [pd.DataFrame()], ignore_index=True)
+    if frame.empty:
+        raise ValueError(f"{', '.join(map(str, paths))}: no runs")
+    mapping = _joined(each.mapping for each in parts)
+    frame = _with_constants(frame, constants, mapping)
+    frame = tidy(complete(_mark_finite(frame), mapping))
+    notes = dict.fromkeys(note for each in parts for note in each.notes)
+    whole = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return RunTable(frame, mapping, (*notes, *unknown(frame)), whole)
+
+
+def _run_directories(sources: list[Source], columns: Mapping[str, str], digests: list[str]) -> Mapped:
+    now = time.time()
+    held_out = columns.get("loss") or None
+    readings = [run_directory.read(each.path, held_out, now=now) for each in sources]
+    sets = dict.fromkeys(name for each in readings for name in each.sets)
+    if held_out not in (None, run_directory.TRAINING) and held_out not in sets:
+        known = ", ".join([*sets, run_directory.TRAINING])
+        raise ValueError(f"loss = {held_out!r}: no run was evaluated on it at its end; accepted: {known}")
+    digests += [each.digest for each in readings]
+    rows = [each.row for each in readings]
+    _mark_duplicates(rows, [each.id or each.digest for each in readings])
+    if held_out is None and len(sets) > 1:
+        notes = [f"held-out sets: {', '.join(sets)}; of each run the first is taken, columns loss=SET takes another"]
+    else:
+        notes = []
+    frame = pd.DataFrame(rows)
+    mapping = {name: "run directory" for name in frame if name in NAMES and frame[name].notna().any()}
+    return Mapped(frame, mapping, notes)
+
+
+def _mark_duplicates(rows: list[dict], keys: list[str]) -> None:
+    """Label all of a run's copies but the one that came furthest."""
+    best: dict[str, int] = {}
+    for k, key in enumerate(keys):
+        if key not in best or rows[k].get("tokens", 0) > rows[best[key]].get("tokens", 0):
+            best[key] = k
+    for k, key in enumerate(keys):
+        if best[key] != k:
+            rows[k]["labels"] = join(rows[k]["labels"], f"{DUPLICATE}{rows[best[key]]['source']}")
+
+
+def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> Iterator[Mapped]:
+    path = source.path
+    if source.kind == "events":
+        digests += [_digest(each) for each in sorted(path.glob(event_files.PATTERN))]
+        yield histories.row(event_files.read(path), columns)
+    elif source.kind == "log":
+        text = path.read_text(encoding="utf-8", errors="replace")
+        digests.append(_digest(path))
+        is_fresh = time.time() - path.stat().st_mtime < run_directory.RECENT
+        yield histories.row(megatron.read(path, text, is_fresh=is_fresh), columns)
+    else:
+        frame, digest = tables.load(path)
+        digests.append(digest)
+        if wandb_exports.is_wide(list(frame.columns)):
+            yield from (histories.row(each, columns) for each in wandb_exports.wide(frame, path))
+        elif histories.is_logged(list(frame.columns)):
+            yield from (histories.row(each, columns) for each in wandb_exports.long(frame, path))
+        else:
+            yield tables.rows(frame, path, columns)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _joined(mappings: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """One mapping for all parts; where they differ, all names."""
+    names: dict[str, dict[str, None]] = {}
+    for mapping in mappings:
+        for ours, name in mapping.items():
+            names.setdefault(ours, {})[name] = None
+    return {ours: "; ".join(found) for ours, found in names.items()}
+
+
+def _with_constants(frame: pd.DataFrame, constants: Mapping[str, str | float], mapping: dict[str, str]) -> pd.DataFrame:
+    """`frame` with values for what is unknown. ValueError for one that is no number, or is known of every run."""
+    for name, given in constants.items():
+        value = given if name in TEXTS else _amount(name, given)
+        there = frame[name].notna() if name in frame else pd.Series(False, index=frame.index)
+        if there.all():
+            raise ValueError(f"constants: {name} = {given} is known of every run already, from {mapping.get(name)!r}")
+        before = frame[name] if name in frame else pd.Series(None, index=frame.index, dtype=object)
+        frame[name] = before.where(there, value)
+        mapping[name] = f"{mapping[name]}; else constant {given}" if name in mapping else f"constant {given}"
+    return frame
+
+
+def _amount(name: str, given: str | float) -> float:
+    """A number, or a text such as "42e9" or "42B"."""
+    text = str(given).strip().lower().replace("_", "")
+    unit = UNITS.get(text[-1:], 1.0)
+    try:
+        value = float(text[:-1] if unit != 1 else text) * unit
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise ValueError(f"constants: {name} = {given!r} is not a number; accepted: 2048, 42e9, 42B")
+    return value
+
+
+def _mark_finite(frame: pd.DataFrame) -> pd.DataFrame:
+    """Numbers as floats, so that formulas can be applied to them."""
+    for name in frame.columns:
+        if name in NAMES and name not in TEXTS:
+            frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
+    return frame
