@@ -59,7 +59,10 @@ def fit(
         *identifiability.of_search(found.share, starts, _rivals(law, found, draws.coordinates)),
         *identifiability.of_estimators(estimates, others, fixed),
     )
-    if any(each.level == "failure" and each.code in ("rows", "condition") for each in verdicts):
+    failures = {each.code for each in verdicts if each.level == "failure"}
+    if "rows" in failures:
+        estimates = _estimates(law, found.optima[0], draws.coordinates[:0], fixed)
+    elif "condition" in failures:
         estimates = {name: _widened(each, profiles.get(name)) for name, each in estimates.items()}
     return Fit(
         law=law.name,

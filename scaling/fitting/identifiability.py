@@ -52,7 +52,7 @@ def _together(size: np.ndarray, data: np.ndarray, is_fixed: bool) -> Iterator[Ve
     span = float(np.exp(np.ptp(data - slope * size - offset)))
     if level := _level(span, SPAN):
         ratio = float(np.exp(np.ptp(data - size)))
-        message = f"N and D vary together: about D ~ N^{slope:.2f} only a factor of {span:.3g} is left (D/N spans {ratio:.3g})"
+        message = f"N and D vary together: D is within a factor of {span:.3g} of N^{slope:.2f}; D/N spans {ratio:.3g}"
         yield Verdict("warning" if is_fixed else level, "collinear", message)
 
 

@@ -48,7 +48,10 @@ def search(
     seed: int,
     fixed: Mapping[str, float],
 ) -> Found:
-    """Fits ln of the quantity, (n,), from `starts` points. ValueError where the law can be evaluated at none of them."""
+    """Fits ln of the quantity, (n,), from `starts` points.
+
+    clusters: label of each row, (n,). ValueError where the law can be evaluated at none of the points.
+    """
     free = np.array([each.name not in fixed for each in law.parameters])
     few = _sample(len(targets), seed)
     here = {symbol: values[few] for symbol, values in x.items()}

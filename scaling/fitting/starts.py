@@ -16,8 +16,9 @@ def draw(
 ) -> np.ndarray:
     """`count` parameter vectors (count, K) for ln of the measured quantity (n,), within the law's bounds.
 
-    fixed: parameters that all of them have in common. lie evenly between `Parameter.starts`; of a law that is linear in some coefficients, these are then replaced
-    by what least squares gives for the other parameters (variable projection, Golub & Pereyra 1973).
+    fixed: parameters that all of them have in common. The others lie evenly between `Parameter.starts`; of a law that
+    is linear in some coefficients, these are then replaced by what least squares gives for the other parameters
+    (variable projection, Golub & Pereyra 1973).
     """
     ends = np.array([each.coordinate(np.array(each.starts)) for each in law.parameters], dtype=float)
     with np.errstate(all="ignore"):
