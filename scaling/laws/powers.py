@@ -16,7 +16,7 @@ from scaling.laws.law import SYMBOLS, Inputs, Law, Parameter, Quantity
 
 @dataclass(frozen=True)
 class Power:
-    """One factor: inputs to the powers of `weights`, and all of it to an exponent: fitted if a name, fixed if a number."""
+    """One factor: inputs to the powers of `weights`, all of it to an exponent: fitted if a name, fixed if a number."""
 
     exponent: str | float
     weights: Mapping[str, float]

@@ -19,7 +19,7 @@ TEXTS = ("schedule", "optimizer", "tokenizer", "data", "loss_kind", "precision")
 DERIVED = ("flops", "flops_per_token")
 """Told of a cell, but not what it is: they follow from the settings."""
 SAME = 0.02
-"""Numbers within this factor are one setting: tokens that were rounded to whole batches, rates that were printed short."""
+"""Numbers this close are one setting: tokens rounded to whole batches, rates that were printed short."""
 
 
 @dataclass(frozen=True)

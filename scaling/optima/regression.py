@@ -104,9 +104,7 @@ def censored_regression(
     for _ in range(ITERATIONS):
         mean, sigma = solution @ rotated.basis.T, factor * deviation
         value, spread = np.broadcast_to(middle, mean.shape).copy(), np.zeros_like(mean)
-        value[:, ~exact], spread[:, ~exact] = _truncated(
-            mean[:, ~exact], sigma[:, ~exact], low[~exact], high[~exact]
-        )
+        value[:, ~exact], spread[:, ~exact] = _truncated(mean[:, ~exact], sigma[:, ~exact], low[~exact], high[~exact])
         trust = np.where(exact, (FREEDOM + 1) / (FREEDOM + ((value - mean) / sigma) ** 2), 1.0)
         step = rotated.solve(value, weights * trust / variance)
         square = ((value - step @ rotated.basis.T) ** 2 + spread) * trust / variance

@@ -2,8 +2,8 @@
 
 The two laws are fitted to the losses themselves by Gauss-Newton, with the levels and curvatures, in which the surface
 is linear, projected out of each cell (variable projection; Kaufman 1975). Cells whose optimum is behind an edge count
-by their slope. Curvature is each cell's own, or one for all (`shared`): the bowl is steeper towards high rates, so that
-a shared one is drawn to the wide windows' middle, and the exponents move with the window.
+by their slope. Each cell has its own curvature, and cubic terms where it has runs enough, or with `shared` all have
+one: bowls are steeper towards high rates, so that the exponents of a shared one move with the window.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.laws.powers import PowerLaw
-from scaling.optima.bowls import WINDOW, quadratic_bowl
+from scaling.optima.bowls import WINDOW
 from scaling.optima.cells import Cell, inputs
+from scaling.optima.polynomial import fitted_bowl, monomials, terms
 from scaling.optima.regression import cluster_weights, widened
 from scaling.optima.vertices import Solution
 
 STEPS, TOLERANCE = 60, 1e-7
+BOWL, SKEWED = monomials(2, 2)[3:], monomials(2, 3)[3:]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Patch:
     offset: np.ndarray
     vertex: np.ndarray
     """Its own, (2,)."""
+    powers: np.ndarray
+    """Of the monomials that its bowl has around the vertex, (terms, 2): no slope."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,14 @@ def by_surface(
     replicates: int,
     seed: int,
     window: float = WINDOW,
+    skew: bool = True,
     shared: bool = False,
 ) -> Surface:
     """Both laws at once, their draws by a bootstrap of cells, linear around the solution.
 
     ValueError if fewer cells have a convex bowl over both settings than the laws have coordinates.
     """
-    patches = _patches(cells, lr, batch, size, window)
+    patches = _patches(cells, lr, batch, size, window, skew and not shared)
     split, count = len(lr.parameters), len(lr.parameters) + len(batch.parameters)
     if len(patches) < count:
         raise ValueError(f"a surface with {count} coordinates: {len(patches)} cells have a convex bowl in (lr, batch)")
@@ -94,21 +99,23 @@ def by_surface(
     )
 
 
-def _patches(cells: Sequence[Cell], lr: PowerLaw, batch: PowerLaw, size: str, window: float) -> list[Patch]:
+def _patches(cells: Sequence[Cell], lr: PowerLaw, batch: PowerLaw, size: str, window: float, skew: bool) -> list[Patch]:
     """Cells with a convex bowl over both settings; its vertex may lie beyond the grid."""
     patches = []
     for cell in cells:
         if not len(cell) or not np.isfinite(cell.lr).all() or not np.isfinite(cell.batch).all():
             continue
         z, y = np.log(np.column_stack([cell.lr, cell.batch])), np.log(cell.loss)
-        own = quadratic_bowl(z, y, window)
+        own = fitted_bowl(z, y, window, skew)
         if own is None or not own.convex:
             continue
-        (first, first_offset), (second, second_offset) = (law.design(inputs(law, [cell.values], size)) for law in (lr, batch))
+        (first, first_offset), (second, second_offset) = (
+            law.design(inputs(law, [cell.values], size)) for law in (lr, batch)
+        )
         rows = np.zeros((2, first.shape[1] + second.shape[1]))
         rows[0, : first.shape[1]], rows[1, first.shape[1] :] = first[0], second[0]
         offset = np.array([first_offset[0], second_offset[0]])
-        patches.append(Patch(z[own.used], y[own.used], rows, offset, own.vertex))
+        patches.append(Patch(z[own.used], y[own.used], rows, offset, own.vertex, SKEWED if own.cubic else BOWL))
     return patches
 
 
@@ -125,27 +132,22 @@ Block = tuple[np.ndarray, np.ndarray, float, np.ndarray]
 
 def _linearised(patches: Sequence[Patch], solution: np.ndarray, shared: bool) -> list[Block]:
     """The surface around a solution, cell by cell."""
-    bases, targets = [], []
-    for each in patches:
-        u, v = (each.z - each.rows @ solution - each.offset).T
-        bases.append(np.column_stack([u * u / 2, u * v, v * v / 2]))
-        targets.append(each.y)
+    around = [each.z - each.rows @ solution - each.offset for each in patches]
+    bases = [terms(u, each.powers) for each, u in zip(patches, around, strict=True)]
     if shared:
         flat = np.concatenate([basis - basis.mean(axis=0) for basis in bases])
-        common = np.linalg.lstsq(flat, np.concatenate([y - y.mean() for y in targets]), rcond=None)[0]
+        common = np.linalg.lstsq(flat, np.concatenate([each.y - each.y.mean() for each in patches]), rcond=None)[0]
     blocks = []
-    for each, basis in zip(patches, bases, strict=True):
-        level = np.ones((len(basis), 1))
+    for each, u, basis in zip(patches, around, bases, strict=True):
+        whole = np.column_stack([np.ones(len(basis)), basis])
+        h = common if shared else np.linalg.lstsq(whole, each.y, rcond=None)[0][1:]
         # A curvature that all share is nearly the same whichever cells are drawn: it is kept, and levels projected out.
-        q = np.linalg.qr(level if shared else np.column_stack([level, basis]))[0]
-        h = common if shared else np.linalg.lstsq(np.column_stack([level, basis]), each.y, rcond=None)[0][1:]
-        residual = each.y - basis @ h if shared else each.y
-        residual = residual - q @ (q.T @ residual)
-        u, v = (each.z - each.rows @ solution - each.offset).T
-        slopes = np.column_stack([h[0] * u + h[1] * v, h[1] * u + h[2] * v])
-        jacobian = -slopes @ each.rows
-        jacobian = jacobian - q @ (q.T @ jacobian)
-        blocks.append((jacobian.T @ jacobian, jacobian.T @ residual, float(residual @ residual), h))
+        q = np.linalg.qr(whole[:, :1] if shared else whole)[0]
+        slopes = np.column_stack([terms(u, each.powers, (axis,)) @ h for axis in range(2)])
+        residual, jacobian = each.y - basis @ h, -slopes @ each.rows
+        residual, jacobian = residual - q @ (q.T @ residual), jacobian - q @ (q.T @ jacobian)
+        curvature = np.array([2 * h[0], h[1], 2 * h[2]])
+        blocks.append((jacobian.T @ jacobian, jacobian.T @ residual, float(residual @ residual), curvature))
     return blocks
 
 

@@ -23,7 +23,12 @@ WIDE = 0.5, 3.0
 
 
 def judged(
-    law: PowerLaw, found: Optima, solution: Solution, parameters: Mapping[str, Estimate], x: Mapping[str, np.ndarray], cells: int
+    law: PowerLaw,
+    found: Optima,
+    solution: Solution,
+    parameters: Mapping[str, Estimate],
+    x: Mapping[str, np.ndarray],
+    cells: int,
 ) -> tuple[Verdict, ...]:
     """The verdicts of one fit: cells, spans, condition, censored cells, width of intervals, curvature."""
     return (
@@ -41,7 +46,9 @@ def _cells(law: PowerLaw, cells: int) -> Sequence[Verdict]:
     if cells <= fitted:
         return [Verdict("failure", "few_cells", f"{cells} cells cannot tell {fitted} coordinates and their error")]
     if cells < FEW:
-        return [Verdict("warning", "few_cells", f"{cells} cells for {fitted} coordinates: intervals rest on few of them")]
+        return [
+            Verdict("warning", "few_cells", f"{cells} cells for {fitted} coordinates: intervals rest on few of them")
+        ]
     return []
 
 
@@ -54,7 +61,9 @@ def _spans(law: PowerLaw, x: Mapping[str, np.ndarray]) -> Sequence[Verdict]:
             continue
         level = "failure" if factor < FLAT else "warning"
         said.append(
-            Verdict(level, "span", f"{symbol} spans a factor of {factor:.2g}; its exponent needs {NARROW:g} to be told well")
+            Verdict(
+                level, "span", f"{symbol} spans a factor of {factor:.2g}; its exponent needs {NARROW:g} to be told well"
+            )
         )
     return said
 
@@ -86,7 +95,9 @@ def _widths(law: PowerLaw, parameters: Mapping[str, Estimate]) -> Sequence[Verdi
             continue
         level = "failure" if width > WIDE[1] else "warning"
         said.append(
-            Verdict(level, "wide", f"{each.name} lies anywhere in {estimate.low:.2f} to {estimate.high:.2f} (95 % interval)")
+            Verdict(
+                level, "wide", f"{each.name} lies anywhere in {estimate.low:.2f} to {estimate.high:.2f} (95 % interval)"
+            )
         )
     return said
 

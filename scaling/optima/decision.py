@@ -1,0 +1,175 @@
+"""What learning rate and batch to train a target with, how sure that is, and what not being sure costs."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.special import expit
+
+from scaling.laws import find
+from scaling.optima.plateau import curvature_at, plateau
+from scaling.optima.regret import expected_regret
+from scaling.results import Bowl, Decision, Estimate, Fit, Verdict
+from scaling.table import column_of
+
+WARN, REFUSE = 3.0, 10.0
+"""Factors beyond the largest compute of the cells."""
+RISK = 0.05
+AXES = ("lr", "batch_tokens")
+
+
+def decide(
+    target: Mapping[str, float],
+    fits: Sequence[Fit],
+    bowls: Sequence[Bowl],
+    *,
+    far: bool = False,
+    cost: float = 1e-3,
+    stability: Fit | None = None,
+    seed: int = 0,
+) -> Decision:
+    """Learning rate and batch for a target: N, D and what else the laws read, by symbol or column.
+
+    Of `fits` the first of lr and of batch_tokens count. A batch that the target gives is kept, and the rate follows
+    along the valley of the bowls. Intervals hold the laws' draws and the scatter of optima around them, so that they
+    are of the optimum at the target and not of the law. More than 10 times the largest compute that was fitted is a
+    failure, with `far` a warning. ValueError naming what a law reads and the target does not say.
+    """
+    lr_fit, batch_fit = (next((each for each in fits if each.quantity == name), None) for name in AXES)
+    used = [each for each in (lr_fit, batch_fit) if each is not None]
+    if not used:
+        raise ValueError("no law of lr or batch_tokens was fitted; a decision needs one")
+    size = used[0].size
+    known = _complete(target, size)
+    columns = {name: known[symbol] for name, symbol in ((size, "N"), ("tokens", "D")) if symbol in known}
+    middle, drawn = _optimum(lr_fit, batch_fit, known, curvature_at(columns, bowls, AXES), seed)
+    settled = [name for name in AXES if name in drawn]
+    curvature = curvature_at(columns, bowls, settled)
+    proposal = {name: Estimate(known[name], known[name], known[name], 0.0) for name in ("N", "D") if name in known}
+    for name in AXES:
+        if name in drawn:
+            proposal[name] = _estimate(middle[name], drawn[name])
+        elif name in middle:
+            proposal[name] = Estimate(middle[name], middle[name], middle[name], 0.0)
+    flat, regret = {}, float("nan")
+    if curvature is not None:
+        flat = {name: plateau(middle[name], curvature[i, i], cost) for i, name in enumerate(settled)}
+        draws = min(len(drawn[name]) for name in settled)
+        off = np.column_stack([np.log(drawn[name][:draws] / middle[name]) for name in settled])
+        regret = expected_regret(off, curvature)
+    beyond = known["C"] / max(each.spans["C"][1] for each in used) if "C" in known else float("nan")
+    verdicts = (*_extrapolated(beyond, far), *_outside(known, used), *_identified(used))
+    if stability and "lr" in middle:
+        verdicts += _stable(stability, known | {"B": middle.get("batch_tokens")}, middle["lr"])
+    return Decision(dict(target), proposal, flat, regret, beyond, verdicts)
+
+
+def _optimum(
+    lr_fit: Fit | None, batch_fit: Fit | None, known: Mapping[str, float], curvature: np.ndarray | None, seed: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The best lr and batch_tokens, and draws (B,) of those that are not given; a given batch moves the rate."""
+    generator = np.random.default_rng(seed)
+    middle: dict[str, float] = {}
+    drawn: dict[str, np.ndarray] = {}
+    given = known.get("B")
+    if given is not None:
+        middle["batch_tokens"] = given
+    elif batch_fit:
+        middle["batch_tokens"], drawn["batch_tokens"] = _told(batch_fit, known, generator)
+    if not lr_fit:
+        return middle, drawn
+    reads_batch = bool({"B", "batch_tokens"} & set(find(lr_fit.law).inputs))
+    batch = {"B": middle["batch_tokens"], "batch_tokens": middle["batch_tokens"]} if middle else {}
+    middle["lr"], drawn["lr"] = _told(lr_fit, {**known, **batch}, generator)
+    if given is not None and batch_fit and not reads_batch:
+        slope = _valley(curvature)
+        best, draws = _told(batch_fit, known, generator)
+        middle["lr"] *= (given / best) ** slope
+        count = min(len(draws), len(drawn["lr"]))
+        drawn["lr"] = drawn["lr"][:count] * (given / draws[:count]) ** slope
+    return middle, drawn
+
+
+def _complete(target: Mapping[str, float], size: str) -> dict[str, float]:
+    """The target by symbol and by column, with C = M D, or 6 N D."""
+    if bad := next((name for name, value in target.items() if not 0 < value < np.inf), None):
+        raise ValueError(f"target {bad} = {target[bad]}: accepted are finite numbers above 0")
+    known = dict(target)
+    for symbol in ("N", "D", "B", "C", "M"):
+        column = column_of(symbol, size)
+        if symbol in known or column in known:
+            known[symbol] = known[column] = float(known.get(symbol, known.get(column)))
+    if "C" not in known and "D" in known and ("M" in known or "N" in known):
+        known["C"] = known["flops"] = known["D"] * known.get("M", 6 * known.get("N", 0.0))
+    return known
+
+
+def _inputs(fit: Fit, known: Mapping[str, float | None]) -> dict[str, np.ndarray]:
+    symbols = find(fit.law).inputs
+    for symbol in symbols:
+        if known.get(symbol) is None:
+            raise ValueError(
+                f"the target does not say {symbol}, which law {fit.law!r} reads; it says {', '.join(known)}"
+            )
+    return {symbol: np.array([known[symbol]], dtype=float) for symbol in symbols}
+
+
+def _told(fit: Fit, known: Mapping[str, float], generator: np.random.Generator) -> tuple[float, np.ndarray]:
+    """The law's value and draws of where the optimum of one more cell may lie, (B,)."""
+    x = _inputs(fit, known)
+    draws = fit.predictions(x)[:, 0]
+    scatter = float(fit.details.get("scatter", fit.noise))
+    return float(fit.predict(x)[0]), draws * np.exp(scatter * generator.standard_normal(len(draws)))
+
+
+def _estimate(value: float, draws: np.ndarray) -> Estimate:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(value, float(low), float(high), float(value * np.log(draws).std()))
+
+
+def _valley(curvature: np.ndarray | None) -> float:
+    """d ln best lr / d ln batch; the square root where no bowl tells it, as of Adam's noise-dominated steps."""
+    return 0.5 if curvature is None else float(-curvature[0, 1] / curvature[0, 0])
+
+
+def _extrapolated(factor: float, far: bool) -> tuple[Verdict, ...]:
+    if not factor > WARN:
+        return ()
+    refused = factor > REFUSE and not far
+    message = f"the target is {factor:.3g} times the largest compute that was fitted"
+    message += f"; beyond {REFUSE:g} times it is refused unless asked" if refused else ""
+    return (Verdict("failure" if refused else "warning", "extrapolation", message),)
+
+
+def _outside(known: Mapping[str, float], fits: Sequence[Fit]) -> tuple[Verdict, ...]:
+    """Inputs beyond those of the cells by more than a factor of 3, though the compute may not be."""
+    said = {}
+    for fit in fits:
+        for symbol, (low, high) in fit.spans.items():
+            value = known.get(symbol)
+            if symbol != "C" and value is not None and not low / WARN <= value <= high * WARN:
+                said[symbol] = f"{symbol} = {value:.4g} is outside of what was fitted, {low:.4g} to {high:.4g}"
+    return tuple(Verdict("warning", "outside", message) for message in said.values())
+
+
+def _identified(fits: Sequence[Fit]) -> tuple[Verdict, ...]:
+    return tuple(
+        Verdict("failure", "law", f"law {fit.law!r} is not identified: {each.message}")
+        for fit in fits
+        for each in fit.verdicts
+        if each.level == "failure"
+    )
+
+
+def _stable(stability: Fit, known: Mapping[str, float | None], lr: float) -> tuple[Verdict, ...]:
+    """A warning where more than a few runs in a hundred would diverge at this rate, or a half at the worst draw."""
+    if not stability.identified or any(known.get(symbol) is None for symbol in find(stability.law).inputs):
+        return ()
+    x = _inputs(stability, known)
+    largest, worst = stability.predict(x)[0], np.quantile(stability.predictions(x)[:, 0], 0.025)
+    risk = float(expit(stability.details["sharpness"] * np.log(lr / largest)))
+    if risk <= RISK and lr < worst:
+        return ()
+    message = (
+        f"lr {lr:.3g} is near the largest stable one, {largest:.3g} (at least {worst:.3g}): {risk:.0%} would diverge"
+    )
+    return (Verdict("failure" if lr > largest else "warning", "stability", message),)
