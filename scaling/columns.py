@@ -68,7 +68,8 @@ COLUMNS = (
     ),
     Column(
         "num_layers", "unrolled depth",
-        aliases=("numl", "layers", "depth", "nlayers", "nlayer", "numhiddenlayers", "numlayer"), symbols=("l",), least=1,
+        aliases=("numl", "layers", "depth", "nlayers", "nlayer", "numhiddenlayers", "numlayer"),
+        symbols=("l",), least=1,
     ),
     Column(
         "tokens", "seen by the end",

@@ -10,8 +10,8 @@ from scaling.readers.mapping import RATIOS, SIZES, Mapped, numbers, typical
 
 SURELY_TOKENS = 32_768
 """A typical batch above this is one of tokens: so many sequences are in no batch."""
-APPROXIMATE = {"tokens": "C / (6 N)", "flops": "6 N D", "total": "C / (6 D)"}
-"""Rules of thumb, which forget attention, embedding and head: their rows are labelled."""
+APPROXIMATE = {"tokens": "C / (6 N)", "total": "C / (6 D)"}
+"""Rules of thumb that a fit then rests on: their rows are labelled. They forget attention, embedding and head."""
 
 
 def resolve_batch(found: Mapped, where: str) -> None:
@@ -43,7 +43,7 @@ def resolve_batch(found: Mapped, where: str) -> None:
 
 
 def _sequence_length(frame: pd.DataFrame, batch: np.ndarray) -> float | None:
-    """tokens / (steps x batch) where it is one whole number for nearly all rows, to a thousandth; else None."""
+    """tokens / (steps x batch) where it is one whole number for nearly all rows, to half a percent; else None."""
     if "tokens" not in frame or "steps" not in frame:
         return None
     with np.errstate(all="ignore"):
@@ -52,7 +52,7 @@ def _sequence_length(frame: pd.DataFrame, batch: np.ndarray) -> float | None:
     if not np.isfinite(middle) or middle < 0.95:
         return None
     whole, known = round(middle), np.isfinite(ratio)
-    is_equal = np.mean(np.abs(ratio[known] / whole - 1) < (0.05 if whole == 1 else 1e-3)) >= 0.95
+    is_equal = np.mean(np.abs(ratio[known] / whole - 1) < (0.05 if whole == 1 else 5e-3)) >= 0.95
     return float(whole) if is_equal else None
 
 
@@ -91,7 +91,10 @@ def complete(frame: pd.DataFrame, mapping: dict[str, str]) -> pd.DataFrame:
         fill("flops", known("flops_per_token") * known("tokens"), "flops_per_token * tokens")
         fill("flops", 6 * _size(frame, ("active", "total", "non_embedding")) * known("tokens"), "6 N D")
         for name in frame.columns:
-            if normalised(str(name)) in ("epochs", "numepochs", "nepochs", "repeats") and numbers(frame[name]) is not None:
+            if (
+                normalised(str(name)) in ("epochs", "numepochs", "nepochs", "repeats")
+                and numbers(frame[name]) is not None
+            ):
                 fill("unique_tokens", known("tokens") / np.maximum(numbers(frame[name]), 1), f"tokens / {name}")
     if any(labels.values()):
         before = frame["labels"] if "labels" in frame else pd.Series(None, index=frame.index, dtype=object)
@@ -113,7 +116,9 @@ def unknown(frame: pd.DataFrame) -> list[str]:
 
     notes = []
     if has("batch_sequences") and not has("batch_tokens"):
-        notes.append("batch_tokens stays unknown: the batch is in sequences, of unknown length; give constants seq_len=...")
+        notes.append(
+            "batch_tokens stays unknown: the batch is in sequences, of unknown length; give constants seq_len=..."
+        )
     if not has("tokens"):
         notes.append("tokens stays unknown; name its column, or give constants tokens=...")
     if not any(map(has, SIZES)):

@@ -8,21 +8,27 @@ from scaling.columns import normalised
 
 HELD_OUT, SMOOTHED, PLAIN, OTHER, BITS, PERPLEXITY = range(6)
 """In the order in which they are preferred."""
-HELD_OUT_WORDS = frozenset(
-    "val valid validation validate eval evals evaluation evaluations test heldout held dev".split()
-)
-SMOOTH_WORDS = frozenset("smooth smoothed ema avg averaged mean".split())
-NOT_A_LOSS = frozenset(
-    """scale std stderr err error errors se sem sd var variance aux auxiliary balance balancing z zloss router load
-    gap diff delta difference pred predicted prediction fit fitted residual weight count mask spike skipped vs ppl
-    kd distill distillation rank ratio coef coeff coefficient type kind fn function reduction window min max step
-    steps time""".split()
-)
+HELD_OUT_WORDS = frozenset((
+    "val", "valid", "validation", "validate", "eval", "evals", "evaluation", "evaluations", "test", "heldout", "held",
+    "dev",
+))  # fmt: skip
+SMOOTH_WORDS = frozenset(("smooth", "smoothed", "ema", "avg", "averaged", "mean"))
+NOT_A_LOSS = frozenset((
+    "scale", "std", "stderr", "err", "error", "errors", "se", "sem", "sd", "var", "variance", "aux", "auxiliary",
+    "balance", "balancing", "z", "zloss", "router", "load", "gap", "diff", "delta", "difference", "pred", "predicted",
+    "prediction", "fit", "fitted", "residual", "weight", "count", "mask", "spike", "skipped", "vs", "ppl", "kd",
+    "distill", "distillation", "rank", "ratio", "coef", "coeff", "coefficient", "type", "kind", "fn", "function",
+    "reduction", "window", "min", "max", "step", "steps", "time",
+))  # fmt: skip
+"""Words in the names of what is about a loss, or is another one than cross-entropy."""
 PLAIN_NAMES = (
     "finalloss", "loss", "lmloss", "finallmloss", "trainloss", "trainingloss", "finaltrainloss", "trainlmloss",
     "lmlosstraining", "celoss", "crossentropyloss", "crossentropy", "endloss", "lastloss", "nll", "nllloss", "xent",
 )  # fmt: skip
-GENERIC = HELD_OUT_WORDS | frozenset("final end last loss lm ce cross entropy out train training nll the".split())
+GENERIC = HELD_OUT_WORDS | {
+    "final", "end", "last", "loss", "lm", "ce", "cross", "entropy", "out", "train", "training", "nll", "the",
+}  # fmt: skip
+"""Words that do not say on what data a loss was measured."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ _UNIT = re.compile(
 )
 _PF_DAYS = re.compile(r"^(.+?)[\s_\-(\[]*(pf[\s_-]*days?|petaflop[/\s_-]*s[/\s_-]*days?)\s*[)\]]?$", re.I)
 _TIMES = re.compile(r"^(.*\S)\s*([*/])\s*([0-9.eE+-]+)$")
-_COUNT = re.compile(r"^\s*([0-9][0-9,_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*(k|m|b|bn|t|)\s*(?:params|parameters|tokens)?\s*$", re.I)
+_COUNT = re.compile(
+    r"^\s*([0-9][0-9,_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*(k|m|b|bn|t|)\s*(?:params|parameters|tokens)?\s*$", re.I
+)
 
 
 @dataclass

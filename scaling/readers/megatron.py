@@ -10,11 +10,11 @@ from scaling.columns import DIVERGED, FINISHED
 from scaling.readers.histories import History, Series
 
 _ITERATION = re.compile(r"(?<!at )\biteration\s+(\d+)\s*/\s*(\d+)\s*\|(.*)")
-_FIELD = re.compile(r"([A-Za-z][A-Za-z0-9_ ()/.\-]*?)\s*:\s*([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))\s*(?=\||$)", re.I)
+_NUMBER = r"[-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf)"
+_FIELD = re.compile(rf"([A-Za-z][A-Za-z0-9_ ()/.\-]*?)\s*:\s*({_NUMBER})\s*(?=\||$)", re.I)
 _ARGUMENT = re.compile(r"(?:^|\s)([a-z][a-z0-9_]*) \.{3,} (.*?)\s*$")
-_VALIDATION = re.compile(
-    r"validation loss at (?:iteration (\d+)|the end of training)(.*?)\|\s*lm loss value:\s*([-+]?[\d.]+(?:E[-+]?\d+)?|nan)", re.I
-)
+_WHERE = r"(?:iteration (\d+)|the end of training)(.*?)"
+_VALIDATION = re.compile(rf"validation loss at {_WHERE}\|\s*lm loss value:\s*({_NUMBER})", re.I)
 _PARAMETERS = re.compile(r"number of parameters on \(tensor, pipeline\) model parallel rank \((\d+), (\d+)\):\s*(\d+)")
 _END = re.compile(r"\[after training is done\]|\[after training ends\]|training \.\.\. done", re.I)
 FORGOTTEN = ("run", "name", "id", "experiment", "size", "budget", "dim", "width", "context", "batch", "loss", "status")

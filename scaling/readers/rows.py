@@ -102,7 +102,9 @@ def parse(data: bytes, name: str, lines_before) -> tuple[list[Row], list[str]]:
     if broken:
         at = lines_before()
         some = ", ".join(str(at + each) for each in broken[:3])
-        labels.append(f"{name}: line {some} is not a JSON object" + (f" ({len(broken)} such)" if len(broken) > 3 else ""))
+        labels.append(
+            f"{name}: line {some} is not a JSON object" + (f" ({len(broken)} such)" if len(broken) > 3 else "")
+        )
     if fragment:
         labels.append(f"{name}: last line cut short")
     return rows, labels

@@ -48,7 +48,8 @@ def rows(frame: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> Mapped:
     ours, name = found.frame, found.mapping.get("non_embedding")
     if name in ("N", "n"):
         found.notes.append(
-            f'{path}: {name!r} is taken for parameters without embeddings; give columns total="{name}" if it counts them'
+            f"{path}: {name!r} is taken for parameters without embeddings; if it counts them, give columns "
+            f'total="{name}"'
         )
     _refuse_unreadable(found, path)
     labels = [[] for _ in range(len(ours))]

@@ -1,0 +1,132 @@
+"""Which runs of a table may be fitted together, and what is said of the others."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from scaling.columns import FINISHED
+from scaling.readers import DUPLICATE
+from scaling.results import Verdict
+from scaling.table import RunTable
+
+POOLED = ("tokenizer", "data", "loss_kind")
+"""Losses of runs that differ in one of these are not of the same quantity."""
+FEW = 8
+"""Runs below which no law with an irreducible loss can be told from a line."""
+DECAYS = ("cosine", "linear", "wsd", "trapez", "sqrt", "decay", "anneal", "poly", "exp")
+UNDECAYED = 0.3
+"""Last rate over peak above which a schedule that decays was cut."""
+SHOWN = 6
+"""Kinds of labels that are named."""
+
+
+def select(
+    table: RunTable, *, loss_kind: str | None = None, pool: Sequence[str] = ()
+) -> tuple[np.ndarray, tuple[Verdict, ...]]:
+    """The rows that may be fitted together, (rows,) of bool, and verdicts with counts on what was left out or is odd.
+
+    Left out are runs that did not finish, duplicates, losses that are not finite and positive, and runs that differ
+    from the largest group in tokenizer, data or loss kind; `pool` names those of the three that may differ. `loss_kind`
+    takes the runs with this kind of loss alone. ValueError for a name or a kind that is not there.
+    """
+    for name in pool:
+        if name not in POOLED:
+            raise ValueError(f"pool: {name!r} is not what runs may differ in; accepted: {', '.join(POOLED)}")
+    verdicts: list[Verdict] = []
+    kept = np.ones(len(table), dtype=bool)
+
+    def leave_out(which: np.ndarray, code: str, what: str) -> None:
+        which = which & kept
+        if which.any():
+            kept[which] = False
+            verdicts.append(Verdict("warning", code, f"{int(which.sum())} {what}"))
+
+    if not table.has("loss"):
+        raise ValueError("the table has no loss; name its column with columns loss=NAME")
+    statuses = _texts(table, "status", FINISHED)
+    for status in sorted(set(statuses) - {FINISHED}):
+        leave_out(statuses == status, status, f"of {len(table)} runs left out: {status}")
+    loss = table.numbers("loss")
+    leave_out(~np.isfinite(loss), "no-loss", "runs left out: no finite loss")
+    leave_out(~(loss > 0), "non-positive", "runs left out: a loss of zero or below is no cross-entropy")
+    labels = _texts(table, "labels", "")
+    leave_out(np.char.find(labels, DUPLICATE) >= 0, "duplicate", "runs left out: the same run is in the table already")
+    if loss_kind is not None:
+        kinds = _texts(table, "loss_kind", "")
+        if loss_kind not in kinds:
+            known = ", ".join(sorted(repr(str(each)) for each in set(kinds)))
+            raise ValueError(f"loss_kind: no run has {loss_kind!r}; accepted: {known}")
+        leave_out(kinds != loss_kind, "loss-kind", f"runs left out: their loss is not {loss_kind!r}")
+    keys = [name for name in POOLED if name not in pool]
+    _keep_largest_pool(table, keys, kept, leave_out)
+    verdicts += _mixed(table, kept, pool)
+    verdicts += [*_cut(table, kept), *_labelled(labels, kept)]
+    if kept.sum() < FEW:
+        level = "failure" if kept.sum() < 3 else "warning"
+        verdicts.append(Verdict(level, "few", f"{int(kept.sum())} runs are left of {len(table)}: too few for a law"))
+    verdicts.append(Verdict("ok", "rows", f"{int(kept.sum())} of {len(table)} runs can be fitted together"))
+    return kept, tuple(verdicts)
+
+
+def _texts(table: RunTable, name: str, empty: str) -> np.ndarray:
+    """A column as texts, (rows,), `empty` where unknown."""
+    if name not in table.frame:
+        return np.full(len(table), empty, dtype=object).astype(str)
+    return np.array(
+        [empty if value is None or value != value else str(value) for value in table.frame[name]], dtype=str
+    )
+
+
+def _keep_largest_pool(table: RunTable, keys: list[str], kept: np.ndarray, leave_out) -> None:
+    """Leave out all rows but the largest group that is equal in `keys`; of equally large ones the first."""
+    columns = [_texts(table, name, "unknown") for name in keys]
+    groups = list(zip(*columns, strict=True)) if columns else [()] * len(table)
+    counts = Counter(group for group, is_kept in zip(groups, kept, strict=True) if is_kept)
+    if len(counts) < 2:
+        return
+    largest, size = counts.most_common(1)[0]
+    differing = [name for k, name in enumerate(keys) if len({group[k] for group in counts}) > 1]
+    told = ", ".join(f"{name} {largest[keys.index(name)]!r}" for name in differing)
+    others = np.array([group != largest for group in groups])
+    leave_out(
+        others, "pool",
+        f"runs left out: {len(counts)} groups differ in {' and '.join(differing)}; the largest, {size} runs, is kept "
+        f"({told}); pool={','.join(differing)} fits them together",
+    )  # fmt: skip
+
+
+def _mixed(table: RunTable, kept: np.ndarray, pool: Sequence[str]) -> list[Verdict]:
+    found = []
+    for name in pool:
+        values = set(_texts(table, name, "unknown")[kept])
+        if len(values) > 1:
+            found.append(
+                Verdict("warning", "mixed", f"runs of {len(values)} different {name} are pooled, as asked for")
+            )
+    return found
+
+
+def _cut(table: RunTable, kept: np.ndarray) -> list[Verdict]:
+    """A warning where runs of a schedule that decays ended at a high rate: their losses are not final ones."""
+    if not (table.has("final_lr") and table.has("lr") and table.has("schedule")):
+        return []
+    schedules = [each.lower() for each in _texts(table, "schedule", "")]
+    decays = np.array([any(word in each for word in DECAYS) for each in schedules])
+    with np.errstate(all="ignore"):
+        cut = kept & decays & (table.numbers("final_lr") / table.numbers("lr") > UNDECAYED)
+    if not cut.any():
+        return []
+    text = f"{int(cut.sum())} runs ended above {UNDECAYED:.0%} of their peak rate: theirs are no losses after a decay"
+    return [Verdict("warning", "mid-decay", text)]
+
+
+def _labelled(labels: np.ndarray, kept: np.ndarray) -> list[Verdict]:
+    """What was noticed while reading runs that are kept, with counts."""
+    counts = Counter(each for text in labels[kept] if text for each in text.split("; "))
+    if not counts:
+        return []
+    told = [f"{count} x {label}" for label, count in counts.most_common(SHOWN)]
+    more = f", and {len(counts) - SHOWN} other labels" if len(counts) > SHOWN else ""
+    labelled = sum(bool(text) for text in labels[kept])
+    return [Verdict("warning", "labels", f"{labelled} of the runs that are kept have labels: {', '.join(told)}{more}")]

@@ -1,0 +1,201 @@
+"""Event files, Weights & Biases exports and text logs as rows of a table."""
+
+import struct
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scaling.readers import read
+from scaling.readers.event_files import read as read_events
+
+STEPS = 1200
+
+
+def losses(steps=STEPS, end=2.5, seed=0):
+    steps = np.arange(1, steps + 1)
+    return end + 4 * (steps**-0.5 - steps[-1] ** -0.5) + 0.03 * np.random.default_rng(seed).normal(size=len(steps))
+
+
+def record(step, wall_time=1.0, tensor=False, text=None, **scalars):
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    event = Event(step=step, wall_time=wall_time)
+    for tag, value in scalars.items():
+        if tensor:
+            event.summary.value.add(tag=tag, tensor=make_tensor_proto(np.float32(value)))
+        else:
+            event.summary.value.add(tag=tag, simple_value=value)
+    for tag, value in (text or {}).items():
+        event.summary.value.add(tag=f"{tag}/text_summary", tensor=make_tensor_proto([value], dtype="string"))
+    data = event.SerializeToString()
+    return struct.pack("<Q", len(data)) + b"\0\0\0\0" + data + b"\0\0\0\0"
+
+
+def events(folder, name, records, cut=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    data = b"".join(records)
+    (folder / f"events.out.tfevents.{name}").write_bytes(data[: len(data) - cut])
+
+
+def test_all_points_of_an_event_file_are_read(tmp_path):
+    events(tmp_path / "a", "1", [record(k, loss=2.0) for k in range(12_000)])
+    assert len(read_events(tmp_path / "a").series["loss"].steps) == 12_000
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_event_folders_are_runs(tmp_path, tensor):
+    for name, end in (("a", 2.5), ("b", 2.4)):
+        rows = [record(k, tensor=tensor, **{"train/loss": float(value), "lr": 1e-3 if k < 1000 else 1e-5})
+                for k, value in enumerate(losses(end=end), start=1)]  # fmt: skip
+        events(tmp_path / name / "tb", "1", [record(0, text={"hidden_size": "768", "seed": "3"}), *rows])
+    table = read([tmp_path])
+    assert table.numbers("loss") == pytest.approx([2.5, 2.4], abs=0.03)
+    assert (table.numbers("loss_error") < 0.02).all()
+    found = table.frame.iloc[0]
+    assert (found["steps"], found["hidden_size"], found["seed"]) == (STEPS, 768, 3)
+    assert found["lr"] == pytest.approx(1e-3) and found["final_lr"] == pytest.approx(1e-5)
+    assert found["loss_kind"] == "training, smoothed (train/loss)"
+
+
+def test_a_resume_in_a_second_event_file_rewrites_steps_and_a_cut_end_is_labelled(tmp_path):
+    first = [record(k, 1.0, loss=9.0) for k in range(1, 1001)]
+    second = [record(k, 2.0, loss=float(value)) for k, value in enumerate(losses(), start=1) if k > 500]
+    events(tmp_path / "a", "0.later", second, cut=5)
+    events(tmp_path / "a", "1.sooner", first)
+    table = read([tmp_path / "a"])
+    found = table.frame.iloc[0]
+    assert found["loss"] == pytest.approx(2.5, abs=0.03) and found["steps"] == STEPS - 1
+    for label in ("events.out.tfevents.0.later is cut short", "2 event files", "500 steps written again"):
+        assert label in found["labels"]
+
+
+def test_garbage_in_an_event_file_is_labelled(tmp_path):
+    events(tmp_path / "a", "1", [record(1, loss=2.0), struct.pack("<Q", 3) + b"\0\0\0\0\xff\xff\xff\0\0\0\0"])
+    assert "damaged after 1 events" in read([tmp_path / "a"]).frame["labels"][0]
+
+
+def test_our_own_event_files_have_tokens_on_their_axis(tmp_path):
+    rows = [record(k * 1024, loss=float(value), step=k, sequences=k, segment=0, batch_tokens=1024)
+            for k, value in enumerate(losses(), start=1)]  # fmt: skip
+    rows.append(record(STEPS * 1024, **{"evaluations/heldout/loss": 2.6, "evaluations/code/loss": 2.9}))
+    events(tmp_path / "a", "1", rows)
+    found = read([tmp_path / "a"]).frame.iloc[0]
+    assert (found["tokens"], found["steps"], found["batch_tokens"]) == (STEPS * 1024, STEPS, 1024)
+    assert found["loss"] == pytest.approx(2.6) and "the first of 2 sets" in found["labels"]
+    found = read([tmp_path / "a"], columns={"loss": "evaluations/code/loss"}).frame.iloc[0]
+    assert found["loss"] == pytest.approx(2.9)
+
+
+def test_a_long_export_is_sparse_and_may_hold_many_runs(tmp_path):
+    frames = []
+    for run, end in (("x", 2.5), ("y", 2.3)):
+        frame = pd.DataFrame({"run": run, "_step": np.arange(1, STEPS + 1), "train/loss": losses(end=end)})
+        frame.loc[frame["_step"] % 2 == 0, "train/loss"] = np.nan
+        frame["val/loss"] = np.where(frame["_step"] % 400 == 0, end + 0.1, np.nan)
+        frame["n_params"], frame["tokens"] = 1e8, frame["_step"] * 4096
+        frames.append(frame)
+    path = tmp_path / "history.csv"
+    pd.concat(frames).to_csv(path, index=False)
+    table = read([path])
+    assert table.frame["run"].tolist() == ["x", "y"] and table.numbers("loss") == pytest.approx([2.6, 2.4])
+    assert table.numbers("total").tolist() == [1e8] * 2 and table.numbers("tokens").tolist() == [STEPS * 4096] * 2
+    assert table.frame["loss_kind"][0] == "held-out (val/loss)"
+
+
+def test_a_wide_export_has_a_run_a_column(tmp_path):
+    frame = pd.DataFrame({"Step": np.arange(1, STEPS + 1)})
+    for run, end in (("big - lr 1e-3", 2.5), ("<b>small</b>", 2.9)):
+        for bound in ("", "__MIN", "__MAX"):
+            frame[f"{run} - train/loss{bound}"] = losses(end=end) + {"": 0, "__MIN": -5, "__MAX": 5}[bound]
+    frame.loc[1000:, "<b>small</b> - train/loss"] = np.nan
+    path = tmp_path / "chart.csv"
+    frame.to_csv(path, index=False)
+    table = read([path], constants={"batch_tokens": 4096})
+    assert table.frame["run"].tolist() == ["big - lr 1e-3", "<b>small</b>"]
+    assert table.numbers("steps").tolist() == [STEPS, 1000]
+    assert table.numbers("loss")[0] == pytest.approx(2.5, abs=0.03)
+    assert table.numbers("tokens").tolist() == [STEPS * 4096, 1000 * 4096]
+
+
+ARGUMENTS = """\
+------------------------ arguments ------------------------
+  adam_beta1 ...................................... 0.9
+  ffn_hidden_size ................................. 2048
+  global_batch_size ............................... 64
+  hidden_size ..................................... 512
+  lr .............................................. 0.001
+  lr_decay_style .................................. cosine
+  min_lr .......................................... 1e-05
+  num_attention_heads ............................. 8
+  num_experts ..................................... None
+  num_layers ...................................... 8
+  seed ............................................ 1234
+  seq_length ...................................... 1024
+  swiglu .......................................... False
+  weight_decay .................................... 0.1
+-------------------- end of arguments ---------------------
+"""
+
+
+def megatron(first, last, *, total=STEPS, loss=None, nans=0):
+    lines = []
+    for k, value in enumerate(losses(), start=1):
+        if first <= k <= last:
+            lines.append(
+                f"[default0]: [2026-01-01 00:00:00] iteration {k:8d}/{total:8d} | consumed samples: {k * 64:12d} | elapsed time "
+                f"per iteration (ms): 100.0 | learning rate: {1e-3 if k < 600 else 1e-5:.3E} | global batch size:    64 | "
+                f"lm loss: {value if loss is None else loss:.6E} | loss scale: 1.0 | grad norm: 0.5 | number of skipped "
+                f"iterations:   0 | number of nan iterations:   {nans} |\n"
+            )
+    return "".join(lines)
+
+
+def log(tmp_path, text):
+    path = tmp_path / "train.log"
+    path.write_text(text)
+    return path
+
+
+def test_a_megatron_log_is_a_run(tmp_path):
+    table = read([log(tmp_path, ARGUMENTS + megatron(1, STEPS))])
+    found = table.frame.iloc[0]
+    expected = {"status": "finished", "hidden_size": 512, "num_layers": 8, "seq_len": 1024, "steps": STEPS, "lr": 1e-3,
+                "final_lr": 1e-5, "batch_sequences": 64, "batch_tokens": 64 * 1024, "tokens": STEPS * 64 * 1024,
+                "seed": 1234, "weight_decay": 0.1, "schedule": "cosine", "beta1": 0.9,
+                "non_embedding": 8 * (4 * 512 * 512 + 2 * 512 * 2048)}  # fmt: skip
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["loss"] == pytest.approx(2.5, abs=0.03) and found["loss_kind"] == "training, smoothed (lm loss)"
+
+
+def test_validation_at_the_end_is_the_loss_of_a_megatron_log(tmp_path):
+    end = f" validation loss at iteration {STEPS} | lm loss value: 2.610000E+00 | lm loss PPL: 1.0E+01 |\n"
+    found = read([log(tmp_path, megatron(1, STEPS) + end)]).frame.iloc[0]
+    assert found["loss"] == 2.61 and found["loss_kind"] == "held-out (validation lm loss)"
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "steps"),
+    [
+        (megatron(1, 800), "killed", 800),
+        (megatron(1, 800, loss=9.0) + megatron(601, STEPS), "finished", STEPS),
+        (megatron(1, 800, nans=1), "diverged", 800),
+        (megatron(1, 800, loss=float("nan")), "diverged", 800),
+        (megatron(1, STEPS) + " iteration     1201/    12", "finished", STEPS),
+    ],
+)
+def test_resumed_killed_and_diverged_logs_are_told(tmp_path, text, status, steps):
+    import os
+
+    path = log(tmp_path, ARGUMENTS + text)
+    os.utime(path, (1e9, 1e9))
+    found = read([path]).frame.iloc[0]
+    assert (found["status"], found["steps"]) == (status, steps)
+    assert status == "diverged" or found["loss"] < 3
+    assert ("200 steps written again" in (found["labels"] or "")) == (text.count("iteration      700/") == 2)
+
+
+def test_a_series_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"loss=vloss; it has: .*lm loss"):
+        read([log(tmp_path, megatron(1, 100))], columns={"loss": "vloss"})

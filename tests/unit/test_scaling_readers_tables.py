@@ -1,0 +1,258 @@
+"""Tables with one row a run: which column is which, and what follows from others."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scaling.readers import read
+from scaling.readers.losses import HELD_OUT, OTHER, PLAIN, SMOOTHED, candidate, preferred
+from tests.published import published
+
+
+def csv(tmp_path, text, name="t.csv"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def columns(tmp_path, **values):
+    path = tmp_path / "t.csv"
+    pd.DataFrame(values).to_csv(path, index=False)
+    return read([path])
+
+
+TABLES = [
+    (
+        "chinchilla_epoch/svg_extracted_data.csv", {}, {}, 245,
+        {"total": "Model Size", "flops": "Training FLOP", "loss": "loss", "tokens": "C / (6 N)"},
+    ),
+    (
+        "steplaw/dense_lr_bs_loss.csv", {}, {}, 1911,
+        {"loss": "smooth loss", "non_embedding": "N", "tokens": "D", "lr": "lr", "batch_sequences": "bs", "steps": "ti",
+         "hidden_size": "h", "num_layers": "numl", "run": "exp_name", "batch_tokens": "batch_sequences * seq_len"},
+    ),
+    (
+        "scalebench/lr_bsz_train.parquet", {}, {"seq_len": 2048}, 2702,
+        {"loss": "lm_loss", "non_embedding": "non_embedding_param_size", "tokens": "data_size", "batch_sequences": "bsz"},
+    ),
+    ("scalebench/farseer_train.parquet", {}, {}, 404, {"loss": "loss", "non_embedding": "N", "tokens": "D"}),
+    (
+        "parscale/parscale_42B_losses.csv", {"loss": "loss_pile"}, {"tokens": "42B"}, 24,
+        {"loss": "loss_pile", "non_embedding": "N_nonemb", "streams": "P", "tokens": "constant 42B"},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "given", "constants", "rows", "mapping"), TABLES, ids=[each[0] for each in TABLES])
+def test_published_tables_read_as_they_are(name, given, constants, rows, mapping):
+    table = read([published(name)], columns=given, constants=constants)
+    assert len(table) == rows
+    assert {ours: table.mapping.get(ours) for ours in mapping} == mapping
+    assert np.isfinite(table.numbers("loss")).all() and (table.numbers("tokens") > 1e7).all()
+
+
+def test_step_law_tells_its_sequence_length_by_its_steps():
+    table = read([published("steplaw/dense_lr_bs_loss.csv")])
+    assert set(table.numbers("seq_len")) == {2048.0}
+    assert any("'smooth loss'; not taken: 'loss'" in note for note in table.notes)
+    found = table.frame["loss_kind"].unique().tolist()
+    assert found == ["training, smoothed (smooth loss)"]
+
+
+def test_two_losses_of_one_kind_are_to_be_named():
+    with pytest.raises(ValueError, match=r"loss_stack_v2_python, loss_pile"):
+        read([published("parscale/parscale_42B_losses.csv")])
+
+
+def test_a_batch_of_unknown_sequences_stays_unknown_and_says_so():
+    table = read([published("scalebench/lr_bsz_train.parquet")])
+    assert not table.has("batch_tokens") and any("batch_tokens stays unknown" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "tier"),
+    [
+        ("loss", PLAIN), ("train/loss", PLAIN), ("lm loss", PLAIN), ("L", PLAIN), ("final_loss", PLAIN),
+        ("val_loss", HELD_OUT), ("validation/loss", HELD_OUT), ("evalLoss", HELD_OUT), ("c4_val_loss", HELD_OUT),
+        ("smooth loss", SMOOTHED), ("loss_smoothed", SMOOTHED), ("loss_pile", OTHER),
+        ("loss_scale", None), ("aux_loss", None), ("loss_std", None), ("z_loss", None), ("l", None), ("lr", None),
+    ],
+)  # fmt: skip
+def test_a_name_tells_what_loss_it_is(name, tier):
+    found = candidate(name)
+    assert (found and found.tier) == tier
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (["loss", "smooth loss"], "smooth loss"), (["train_loss", "val_loss", "c4_val_loss"], "val_loss"),
+        (["train_loss", "final_loss"], "final_loss"), (["loss_pile"], "loss_pile"), (["loss", "loss_pile"], "loss"),
+        (["test_loss", "val_loss"], "val_loss"), (["a", "b"], None),
+    ],
+)  # fmt: skip
+def test_the_preferred_loss(names, taken):
+    loss, others = preferred(names)
+    assert (loss and loss.name) == taken
+    assert len(others) == max(len([each for each in names if candidate(each)]) - 1, 0)
+
+
+@pytest.mark.parametrize("names", [["pile_val_loss", "c4_val_loss"], ["loss_a", "loss_b"]])
+def test_losses_that_only_their_data_tells_apart_are_not_guessed(names):
+    with pytest.raises(ValueError, match=f"{names[0]}"):
+        preferred(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "column", "expected"),
+    [
+        ("params_M", [70, 160], "total", [70e6, 160e6]),
+        ("Params (B)", [0.07, 1.3], "total", [7e7, 1.3e9]),
+        ("tokens in billions", [20, 300], "tokens", [20e9, 300e9]),
+        ("model_size", ["70M", "1.3B"], "total", [70e6, 1.3e9]),
+        ("non-embedding params", ["1,000,000", "2_000_000"], "non_embedding", [1e6, 2e6]),
+        ("config.optim.lr", [1e-3, 2e-3], "lr", [1e-3, 2e-3]),
+        ("peak_lr", [1e-3, 2e-3], "lr", [1e-3, 2e-3]),
+        ("batch_size", [524288, 1048576], "batch_tokens", [524288, 1048576]),
+        ("compute_pf_days", [1.0, 2.0], "flops", [8.64e19, 17.28e19]),
+    ],
+)
+def test_names_and_units_are_understood(tmp_path, name, values, column, expected):
+    base = {"D": [1e10, 2e10], "loss": [3.0, 2.9]} if column != "tokens" else {"loss": [3.0, 2.9]}
+    table = columns(tmp_path, **{name: values}, **base)
+    assert table.numbers(column) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"params": [0.07, 1.3], "D": [1e9, 2e9]}, r"'params' lies about .*total=\"params \* 1e9\""),
+        ({"N": [1e8, 2e8], "D": [1.0, 20.0]}, r"'D' lies about"),
+        ({"params_M": [7e7, 1.3e9], "D": [1e9, 2e9]}, "no unit"),
+    ],
+)
+def test_a_unit_that_is_not_certain_is_refused(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        columns(tmp_path, **values, loss=[3.0, 2.9])
+
+
+def test_a_mapping_overrides_and_scales(tmp_path):
+    path = csv(tmp_path, "size,D,loss,other\n0.07,1e9,3,2.5\n1.3,2e9,2.9,2.4\n")
+    table = read([path], columns={"active": "size * 1e9", "total": "", "loss": "other"})
+    assert table.numbers("active").tolist() == pytest.approx([7e7, 1.3e9]) and not table.has("total")
+    assert table.numbers("loss").tolist() == [2.5, 2.4] and table.mapping["active"] == "size * 1e9"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"columns": {"los": "loss"}}, r"'los' is not a column.*did you mean loss"),
+        ({"columns": {"loss": "lss"}}, r"'lss'.*not there; it has: loss"),
+        ({"columns": {"lr": "text"}}, r"'text'.*holds no numbers"),
+        ({"constants": {"seq_len": "many"}}, r"seq_len = 'many' is not a number"),
+        ({"constants": {"tokens": 5}}, r"tokens = 5 is known of every run"),
+        ({"constants": {"context": 5}}, "not a column"),
+    ],
+)
+def test_mistakes_in_the_mapping_are_named(tmp_path, given, message):
+    path = csv(tmp_path, "N,D,loss,text\n1e8,1e9,3,a\n2e8,2e9,2.9,b\n")
+    with pytest.raises(ValueError, match=message):
+        read([path], **given)
+
+
+def test_columns_follow_from_others(tmp_path):
+    table = columns(tmp_path, N=[1e8, 2e8], steps=[1000, 2000], batch_size=[256, 512], seq_len=[1024, 1024],
+                    flops_per_token=[7e8, 14e8], loss=[3.0, 2.9])  # fmt: skip
+    assert table.numbers("batch_tokens").tolist() == [256 * 1024, 512 * 1024]
+    assert table.numbers("tokens").tolist() == [256 * 1024 * 1000, 512 * 1024 * 2000]
+    assert table.numbers("flops") == pytest.approx(table.numbers("tokens") * [7e8, 14e8])
+    assert table.mapping["flops"] == "flops_per_token * tokens" and table.frame["labels"].isna().all()
+
+
+def test_a_rule_of_thumb_is_told(tmp_path):
+    table = columns(tmp_path, params=[1e8, 2e8], C=[6e18, 12e18], loss=[3.0, 2.9])
+    assert table.numbers("tokens").tolist() == [1e10, 1e10] and table.mapping["tokens"] == "C / (6 N)"
+    assert table.frame["labels"].tolist() == ["tokens = C / (6 N)"] * 2
+    table = columns(tmp_path, params=[1e8, 2e8], D=[1e10, 1e10], loss=[3.0, 2.9])
+    assert table.mapping["flops"] == "6 N D" and table.numbers("flops").tolist() == [6e18, 12e18]
+
+
+def test_epochs_tell_unique_tokens_and_a_ratio_tells_tokens(tmp_path):
+    table = columns(tmp_path, params=[1e8, 2e8], tokens_per_param=[20, 40], epochs=[1, 4], loss=[3.0, 2.9])
+    assert table.numbers("tokens").tolist() == [2e9, 8e9] and table.numbers("unique_tokens").tolist() == [2e9, 2e9]
+
+
+def test_statuses_are_those_of_others_too(tmp_path):
+    table = columns(tmp_path, N=[1e8] * 5, D=[1e9] * 5, State=["finished", "crashed", "running", "failed", None],
+                    loss=[3.0, 2.9, 3.1, 3.2, 2.8])  # fmt: skip
+    assert table.frame["status"].tolist() == ["finished", "killed", "running", "killed", "finished"]
+    table = columns(tmp_path, N=[1e8] * 3, D=[1e9] * 3, diverged=[False, True, False], loss=[3.0, 9.0, float("inf")])
+    assert table.frame["status"].tolist() == ["finished", "diverged", "diverged"]
+
+
+def test_rows_that_are_there_twice_and_odd_losses_are_labelled(tmp_path):
+    table = columns(tmp_path, N=[1e8, 1e8, 2e8], D=[1e9, 1e9, 1e9], loss=[3.0, 3.0, -1.0])
+    assert table.frame["labels"].tolist() == [None, "duplicate of an earlier row", "the loss is -1"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".tsv"])
+def test_other_formats_are_the_same_table(tmp_path, suffix):
+    rows = [
+        {"N": 1e8, "D": 1e9, "loss": 3.0, "config": {"lr": 1e-3}},
+        {"N": 2e8, "D": 1e9, "loss": 2.9, "config": {"lr": 2e-3}},
+    ]
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"N": 3')
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix == ".parquet":
+        pd.json_normalize(rows).to_parquet(path)
+    else:
+        pd.json_normalize(rows).to_csv(path, sep="\t", index=False)
+    table = read([path])
+    assert table.numbers("non_embedding").tolist() == [1e8, 2e8] and table.numbers("lr").tolist() == [1e-3, 2e-3]
+
+
+def test_a_folder_of_tables_is_one_table(tmp_path):
+    csv(tmp_path, "N,D,loss\n1e8,1e9,3\n", "a.csv")
+    csv(tmp_path, "N,tokens,loss\n2e8,1e9,2.9\n", "b.csv")
+    table = read([tmp_path])
+    assert len(table) == 2 and table.mapping["tokens"] == "D; tokens"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary"),
+        (b"\xff\xfe\xfd\xfc garbage", "not UTF-8"),
+        (b"", "empty"),
+        (b"N,D,loss\n", "no rows"),
+        (b'N,D,loss\n1,2,"3\n', "not a table"),
+    ],
+)
+def test_what_is_no_table_is_named(tmp_path, data, message):
+    path = tmp_path / "t.csv"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        read([path])
+    assert str(path) in str(error.value)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"t.jsonl, line 2: .*not a JSON object"):
+        read([csv(tmp_path, '{"N": 1}\n{"N": \n{"N": 3}\n', "t.jsonl")])
+
+
+def test_a_thousand_columns_are_read(tmp_path):
+    names = ["N", "D", "loss", *(f"config.option-{k}" for k in range(1000))]
+    text = "\n".join([",".join(names), *(",".join([f"{n}e8", "1e9", "3", *["x"] * 1000]) for n in (1, 2))])
+    table = read([csv(tmp_path, text)])
+    assert len(table) == 2 and table.frame.shape[1] > 1000 and table.numbers("loss").tolist() == [3, 3]
+
+
+def test_a_table_of_one_point_and_markup_is_a_row(tmp_path):
+    table = read([csv(tmp_path, 'name,N,D,loss\n"<img src=x onerror=alert(1)>",1e8,1e9,3\n')])
+    assert table.frame["run"].tolist() == ["<img src=x onerror=alert(1)>"]
