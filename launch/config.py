@@ -22,15 +22,19 @@ def compose(path: str | Path, overrides: list[str] = (), processes: int | None =
     `processes` that are to share a batch which is "auto"; by default as many as torchrun has started.
     Raises ValueError with one line for each mistake, naming the key, the value and what is accepted.
     """
+    return validated(read(path), overrides, path, processes)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The raw sections of a file. ValueError if it cannot be read, or is not TOML."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {_reason(error)}") from None
     try:
-        raw = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or what Python refuses to parse
         raise ValueError(f"{path} is not TOML: {error}") from None
-    return validated(raw, overrides, path, processes)
 
 
 def validated(

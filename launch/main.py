@@ -12,6 +12,7 @@ VERBS = {
     "grow": "make a checkpoint's model larger",
     "fit": "from runs to laws of loss, learning rate and batch, and what they propose",
     "sharpness": "measure the curvature of a checkpoint's loss, and the rates it is stable at",
+    "plan": "say what laws propose for a run to come, and write its configuration",
     "explain": "say what a configuration comes to",
     "check_coordinates": "check that a parametrisation transfers over widths and depths",
     "convert": "to and from Hugging Face and Megatron-core checkpoints",

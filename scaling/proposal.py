@@ -11,7 +11,7 @@ import numpy as np
 
 from scaling.laws import find
 from scaling.laws.law import Inputs
-from scaling.results import Bowl, Estimate, Fit, Plateau, Verdict
+from scaling.results import Estimate, Fit, Plateau, Verdict
 from scaling.table import column_of
 
 COST = 1e-3
@@ -140,23 +140,6 @@ def _estimate(log_value: float, log_draws: np.ndarray | None) -> Estimate:
     log_draws = log_draws[np.isfinite(log_draws)]
     low, high = np.exp(np.quantile(log_draws, [0.025, 0.975]))
     return Estimate(value, float(min(low, value)), float(max(high, value)), float(np.std(np.exp(log_draws))))
-
-
-def plateau(bowls: Sequence[Bowl], quantity: str, at: float, cost: float = COST) -> Plateau | None:
-    """The range of lr or batch_tokens around `at` that costs less than `cost` with the other at its best, by the median
-    curvature of bowls; None where none is convex in both."""
-    widths = []
-    for each in bowls:
-        if len(each.curvature) != 3:
-            continue
-        of_lr, cross, of_batch = each.curvature
-        own, other = (of_lr, of_batch) if quantity == "lr" else (of_batch, of_lr)
-        if other > 0 and own - cross**2 / other > 0:
-            widths.append(np.sqrt(2 * np.log1p(cost) / (own - cross**2 / other)))
-    if not widths:
-        return None
-    width = float(np.median(widths))
-    return Plateau(at * float(np.exp(-width)), at * float(np.exp(width)), cost)
 
 
 def extrapolation(fits: Sequence[Fit], compute: float) -> float:

@@ -1,0 +1,138 @@
+"""A plan as a table for the terminal, and as a configuration that says where its numbers are from."""
+
+import io
+import math
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import tomli_w
+from rich.console import Console
+from rich.table import Table
+
+from launch.auto import Laws, describe
+from launch.config import validated
+from launch.planning import Plan
+from runtime.model.counts import count, flops_per_token
+from runtime.observe.run_directory import write_atomically
+from scaling.results import Estimate
+
+DAY = 86400.0
+NAMES = {
+    "N": "parameters",
+    "D": "tokens",
+    "batch_tokens": "batch, tokens",
+    "lr": "learning rate",
+    "loss": "loss",
+}
+
+
+def table(plan: Plan, laws: Laws, throughput: float | None = None) -> str:
+    """The decision, the run, and what is to be known of both, as text."""
+    grid = Table(box=None, pad_edge=False, header_style="")
+    for heading, justify in (("", "left"), ("proposed", "right"), ("95 % interval", "right"), ("plateau", "right")):
+        grid.add_column(heading, justify=justify)
+    for name, estimate in _proposed(plan):
+        flat = plan.decision.plateau.get(name)
+        label = f"{NAMES[name]} ({plan.size})" if name == "N" else NAMES[name]
+        grid.add_row(
+            label, f"{estimate.value:.4g}", _interval(estimate), f"{flat.low:.4g} to {flat.high:.4g}" if flat else ""
+        )
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    console.print(f"By {laws.name}\n", markup=False, highlight=False)
+    console.print(grid)
+    lines = ["", *_costs(plan)]
+    if plan.config is not None:
+        lines += ["", *_run(plan, throughput)]
+    elif throughput is not None:
+        lines.append(_days(plan.decision.proposal["D"].value, throughput))
+    lines += [f"warning: {each.message}" for each in plan.decision.verdicts]
+    text = console.file.getvalue() + "\n".join(lines)
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def write(plan: Plan, laws: Laws, folder: Path) -> Path:
+    """Write the configuration of a plan into a folder, under its name. ValueError if there is another of that name, or
+    it cannot be written."""
+    path = folder / f"{plan.config.run.name}.toml"
+    text = "".join(f"# {line}".rstrip() + "\n" for line in _comments(plan, laws)) + "\n" + tomli_w.dumps(plan.raw)
+    again = validated(tomllib.loads(text), (), path)
+    assert again == plan.config, "a plan is read back as it was made"
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{path} is there, and another plan; move it away, or give another --out")
+        write_atomically(path, text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
+    return path
+
+
+def _proposed(plan: Plan) -> Iterator[tuple[str, Estimate]]:
+    for name in NAMES:
+        if name in plan.decision.proposal:
+            yield name, plan.decision.proposal[name]
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low == estimate.high:
+        return "given"
+    return f"{estimate.low:.4g} to {estimate.high:.4g}" if math.isfinite(estimate.high) else "not known"
+
+
+def _costs(plan: Plan) -> list[str]:
+    """Of what is not known, and of how far it is extrapolated."""
+    decision = plan.decision
+    n, d = (decision.proposal[name].value for name in "ND")
+    lines = [f"{d / n:.3g} tokens for each parameter"]
+    if decision.plateau:
+        lines.append(
+            f"anywhere on a plateau the loss is at most {next(iter(decision.plateau.values())).cost:.1%} higher"
+        )
+    if math.isfinite(decision.regret):
+        lines.append(f"expected excess of the loss for not knowing the optimum: {decision.regret:.3%}")
+    if math.isfinite(decision.extrapolation):
+        lines.append(f"{decision.extrapolation:.3g} times the largest compute that the laws were fitted to")
+    return lines
+
+
+def _run(plan: Plan, throughput: float | None) -> list[str]:
+    """The shape, the batch and the cost of the run that is planned."""
+    config = plan.config
+    model, seq_len, horizon = config.model, config.data.seq_len, config.schedule.horizon
+    counts = count(model)
+    lines = [
+        f"{config.run.name}: {model.num_layers} layers, hidden {model.hidden_size}, intermediate "
+        f"{model.intermediate_size}, {model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} key-value heads",
+        f"  {counts.total:,} parameters, {counts.non_embedding:,} without embeddings; {horizon:,} tokens, "
+        f"{flops_per_token(model, seq_len) * horizon:.4g} FLOPs",
+        f"  lr {config.optim.lr:g}, batches of {config.batch.sequences:,} sequences of {seq_len:,}, "
+        f"{horizon // (config.batch.sequences * seq_len):,} steps",
+    ]
+    if plan.memory is not None:
+        lines.append(
+            f"  {plan.memory / 2**30:.1f} GiB a device: micro-batches of {config.batch.micro_sequences}, recomputation "
+            f"{config.parallel.recompute}, tensor parallel {config.parallel.tensor}"
+        )
+    if throughput is not None:
+        lines.append(f"  {_days(horizon, throughput)}")
+    return lines
+
+
+def _days(tokens: float, throughput: float) -> str:
+    return f"{tokens / throughput / DAY:.3g} days at {throughput:,.0f} tokens/s"
+
+
+def _comments(plan: Plan, laws: Laws) -> list[str]:
+    """What the file says of its numbers; fit for comments of TOML."""
+    asked = ", ".join(f"{name} = {value:.4g}" for name, value in plan.decision.target.items())
+    lines = [f"Planned by launch/plan.py for {asked}, from {laws.name}."]
+    for quantity, fit in plan.fits.items():
+        told = describe(fit)
+        constants = ", ".join(f"{name} = {value:.4g}" for name, value in told["constants"].items())
+        lines += [f"{quantity}: {told['formula']}", f"  {constants}; N is {told['size']}; {told['publication']}"]
+    for name, estimate in _proposed(plan):
+        flat = plan.decision.plateau.get(name)
+        plateau = f"; plateau {flat.low:.4g} to {flat.high:.4g}" if flat else ""
+        lines.append(f"{NAMES[name]}: {estimate.value:.4g}, 95 % interval {_interval(estimate)}{plateau}")
+    lines += [f"warning: {each.message}" for each in plan.decision.verdicts]
+    return ["".join(letter if letter.isprintable() else "?" for letter in line) for line in lines]

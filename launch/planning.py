@@ -1,0 +1,314 @@
+"""From laws and a target to a configuration: sizes, a shape, the settings, and what the machine can hold."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from launch.auto import Laws, columns_of, round_batch, round_rate
+from launch.config import read, validated
+from launch.growth_config import RunConfiguration
+from launch.shapes import Family
+from runtime.model.counts import count, flops_per_token
+from runtime.observe.dry_run import supposed_device
+from runtime.observe.memory import estimate
+from runtime.parallel.mesh import plan_layout
+from scaling import optima
+from scaling.proposal import FLOPS, allocate, extrapolation, reach, value_at
+from scaling.results import Decision, Estimate, Fit, Plateau, Verdict
+
+QUANTITIES = ("loss", "batch_tokens", "lr")
+SIZES = ("total", "non_embedding", "active")
+MOST_TENSOR = 8
+"""Tensor-parallel degree that is tried: the devices of a usual machine."""
+RECOMPUTE = ("none", "selective", "full")
+MOST_AT_ONCE = 64
+"""Sequences of a micro-batch that are tried, where the preset names none."""
+STATE_BYTES = 16
+"""Of a parameter in fp32: itself, its gradient and two moments, the least that a mesh has to hold."""
+
+
+class Unidentified(ValueError):
+    """The laws do not tell what was asked."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for: FLOPs alone, or two of FLOPs, parameters and tokens."""
+
+    compute: float | None = None
+    params: float | None = None
+    tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("compute", "params", "tokens") if getattr(self, name) is not None]
+        if not given or given in (["params"], ["tokens"]) or len(given) == 3:
+            named = ", ".join(f"--{name}" for name in given) or "nothing"
+            raise ValueError(
+                f"a target of {named}; accepted are --compute alone, or two of --compute, --params and --tokens"
+            )
+        for name in given:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} {getattr(self, name):g} is not positive")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is to fit on."""
+
+    world_size: int = 1
+    memory_gib: float | None = None
+    """Of a device; None for no limit."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A configuration whose family the run is to be of."""
+
+    raw: dict[str, Any]
+    config: RunConfiguration
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision, and the run that it comes to, if there is a preset."""
+
+    decision: Decision
+    fits: Mapping[str, Fit]
+    size: str
+    """The count that N is."""
+    raw: dict[str, Any] | None = None
+    config: RunConfiguration | None = None
+    memory: int | None = None
+    """Bytes of a device at its fullest, where there is a limit."""
+
+
+def open_preset(path: str, overrides: Sequence[str]) -> Preset:
+    """A preset, with placeholders for what a plan decides. ValueError for one that cannot be."""
+    raw = read(path)
+    for section, key, value in (("optim", "lr", 1e-3), ("batch", "sequences", 1)):
+        if isinstance(raw.get(section), dict) and raw[section].get(key) == "auto":
+            raw[section][key] = value
+    config = validated(raw, overrides, path)
+    if config.growth:
+        raise ValueError(f"{path}: a plan is of one shape, and this run grows; take the [[growth]] entries out")
+    return Preset(raw, config)
+
+
+def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machine, far: bool = False) -> Plan:
+    """The plan for a target. ValueError for bad input, `Unidentified` where the laws do not tell it."""
+    fits = {name: fit for name in QUANTITIES if (fit := laws.best(name)) is not None}
+    if not fits:
+        raise ValueError(f"{laws.name} has no law of {', '.join(QUANTITIES)}")
+    if target.params is not None and target.tokens is not None and "loss" in fits and not fits["loss"].identified:
+        fits.pop("loss")  # which nothing that is asked for depends on
+    refuse_unidentified(fits)
+    size = next(iter(fits.values())).size
+    if preset is None:
+        found = sizes(fits, target, lambda wanted: FLOPS * wanted)
+        n, d = (found.proposal[name].value for name in "ND")
+        known = dict.fromkeys(SIZES, n) | {"tokens": d, "flops_per_token": FLOPS * n}
+        known |= {"flops": FLOPS * n * d, "flops_without_head": FLOPS * n * d}
+        return Plan(decide(laws, fits, found, known, far), fits, size)
+    for tensor in _degrees(preset, machine):
+        plan = _shaped(laws, fits, size, target, preset, machine, tensor, far)
+        if plan is not None:
+            return plan
+    raise ValueError(
+        f"no layout on {machine.world_size} devices of {machine.memory_gib:g} GiB holds this model, with one sequence "
+        "at a time and full recomputation; give more devices, or a smaller target"
+    )
+
+
+def refuse_unidentified(fits: Mapping[str, Fit]) -> None:
+    for name, fit in fits.items():
+        if not fit.identified:
+            reasons = "; ".join(each.message for each in fit.verdicts if each.level == "failure")
+            raise Unidentified(f"the law of {name} ({fit.law}) is not identified by its data: {reasons}")
+
+
+def sizes(fits: Mapping[str, Fit], target: Target, flops_of: Callable[[np.ndarray], np.ndarray]) -> Decision:
+    """N and D for a target, by the loss law where only the compute is given. `flops_of` as of `allocate`."""
+    compute, n, d = target.compute, target.params, target.tokens
+    if compute is not None and n is None and d is None:
+        if "loss" not in fits:
+            raise ValueError("there is no law of loss, which --compute alone needs; give --params or --tokens too")
+        found = allocate(fits["loss"], compute, flops_of)
+        verdicts = ()
+        if found.at_edge:
+            message = f"{found.at_edge:.0%} of the draws have no optimum of N at this compute"
+            verdicts = (Verdict("warning", "optimum", message),)
+        proposal = {"N": found.N, "D": found.D}
+        return Decision({"C": compute}, proposal, {"N": found.plateau}, found.regret, math.nan, verdicts)
+    if n is None:
+        n = _size_of(compute / d, flops_of)
+    elif d is None:
+        d = compute / float(flops_of(np.array([n]))[0])
+    given = {"N": Estimate(n, n, n, 0.0), "D": Estimate(d, d, d, 0.0)}
+    asked = {"C": compute, "N": target.params, "D": target.tokens}
+    return Decision({name: each for name, each in asked.items() if each is not None}, given, {}, math.nan, math.nan)
+
+
+def _size_of(flops: float, flops_of: Callable[[np.ndarray], np.ndarray]) -> float:
+    """The size at which a token costs so many FLOPs, which rise with it."""
+    grid = np.geomspace(1.0, flops, 4001)
+    return float(np.exp(np.interp(math.log(flops), np.log(flops_of(grid)), np.log(grid))))
+
+
+def decide(laws: Laws, fits: Mapping[str, Fit], found: Decision, known: Mapping[str, float], far: bool) -> Decision:
+    """The decision with the settings of a run of these columns, and the loss it may come to. `Unidentified` where a law
+    is further from its data than is trusted, unless `far`. A batch among `known` is kept, and the rate follows it."""
+    settings = [fits[name] for name in ("batch_tokens", "lr") if name in fits]
+    used = [*settings, *([fits["loss"]] if "loss" in fits else [])]
+    verdicts = [each for each in reach(used, known["flops"]) if each.code == "extrapolation"]
+    if not far and (beyond := next((each for each in verdicts if each.level == "failure"), None)):
+        raise Unidentified(f"{beyond.message}; --far takes the law's word for it")
+    proposal, plateaus, regret = dict(found.proposal), dict(found.plateau), found.regret
+    positive = {name: each for name, each in known.items() if each > 0}
+    if settings and all(len(each.draws) and math.isfinite(each.noise) for each in settings):
+        n = positive[settings[0].size]
+        target = positive | {"N": n, "D": known["tokens"], "C": known["flops"]}
+        best = optima.decide(target, settings, laws.bowls, far=True)
+        verdicts += [each for each in best.verdicts if each.code != "extrapolation"]
+        proposal |= {name: best.proposal[name] for name in ("batch_tokens", "lr") if name in best.proposal}
+        plateaus |= best.plateau
+        regret = math.fsum(each for each in (regret, best.regret) if math.isfinite(each)) or math.nan
+    else:
+        for fit in settings:
+            if fit.quantity not in known:
+                proposal[fit.quantity] = value_at(fit, positive)
+                positive.setdefault(fit.quantity, proposal[fit.quantity].value)
+    if "loss" in fits:
+        proposal["loss"] = value_at(fits["loss"], positive)
+    verdicts = tuple(Verdict("warning", each.code, each.message) for each in verdicts)
+    beyond = extrapolation(used, known["flops"])
+    return Decision(found.target, proposal, plateaus, regret, beyond, (*found.verdicts, *verdicts))
+
+
+def _shaped(
+    laws: Laws,
+    fits: Mapping[str, Fit],
+    size: str,
+    target: Target,
+    preset: Preset,
+    machine: Machine,
+    tensor: int,
+    far: bool,
+) -> Plan | None:
+    """The plan with a tensor-parallel degree; None where the machine cannot hold it."""
+    family, seq_len = Family(preset.config.model, tensor), preset.config.data.seq_len
+    found = sizes(fits, target, family.flops_per_token(size, seq_len))
+    model = family.nearest(size, found.proposal["N"].value)
+    tokens = found.proposal["D"].value
+    if target.compute is not None and target.tokens is None:
+        tokens = target.compute / flops_per_token(model, seq_len)  # of this shape exactly
+    raw = deepcopy(preset.raw)
+    raw["model"] |= {
+        key: getattr(model, key)
+        for key in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+    }
+    raw["schedule"]["horizon"] = max(1, round(tokens))
+    if tensor > 1 or "tensor" in raw.get("parallel", {}):
+        raw.setdefault("parallel", {})["tensor"] = tensor
+    config = _checked(raw)
+    known = {name: each for name, each in columns_of(config).items() if not name.startswith(("lr", "batch"))}
+    decision = decide(laws, fits, found, known, far)
+    if "batch_tokens" in fits:
+        raw["batch"]["sequences"] = round_batch(decision.proposal["batch_tokens"].value, config, machine.world_size)
+    batch_tokens = raw["batch"]["sequences"] * seq_len
+    decision = _at_batch(decision, decide(laws, fits, found, known | {"batch_tokens": batch_tokens}, far), batch_tokens)
+    raw["schedule"]["horizon"] = max(1, round(tokens / batch_tokens)) * batch_tokens
+    if "lr" in fits:
+        raw["optim"]["lr"] = round_rate(decision.proposal["lr"].value)
+    raw["run"]["name"] = f"{raw['run']['name']}-{_short(getattr(count(model), size))}-{_short(tokens)}"
+    held = _held(raw, machine)
+    return None if held is None else Plan(decision, fits, size, held[0], _checked(held[0]), held[1])
+
+
+def _at_batch(best: Decision, given: Decision, batch_tokens: int) -> Decision:
+    """The best decision with the rate and loss of the batch that the mesh carries, and a warning where it is off."""
+    moved = {name: given.proposal[name] for name in ("lr", "loss") if name in given.proposal}
+    plateaus = dict(best.plateau) | {name: each for name, each in given.plateau.items() if name == "lr"}
+    verdicts = best.verdicts
+    if (wanted := best.proposal.get("batch_tokens")) is not None:
+        flat = best.plateau.get("batch_tokens", Plateau(wanted.value * 2 / 3, wanted.value * 3 / 2))
+        if not flat.low <= batch_tokens <= flat.high:
+            said = f"the mesh carries {batch_tokens:,} tokens a batch; good are {flat.low:,.0f} to {flat.high:,.0f}"
+            verdicts = (*verdicts, Verdict("warning", "batch", said))
+    return replace(best, proposal={**best.proposal, **moved}, plateau=plateaus, verdicts=verdicts)
+
+
+def _checked(raw: Mapping[str, Any]) -> RunConfiguration:
+    """The configuration that raw sections mean; they stay as they are."""
+    return validated(deepcopy(dict(raw)), (), "the plan")
+
+
+def _degrees(preset: Preset, machine: Machine) -> Iterator[int]:
+    """Tensor-parallel degrees in the order of trial: the preset's, and more where memory may need it."""
+    degree = preset.config.parallel.tensor
+    yield degree
+    while machine.memory_gib is not None and degree * 2 <= MOST_TENSOR and machine.world_size % (degree * 2) == 0:
+        degree *= 2
+        yield degree
+
+
+def _held(raw: dict[str, Any], machine: Machine) -> tuple[dict[str, Any], int | None] | None:
+    """The run with the recomputation and micro-batch that the machine can hold, the fastest first, and the bytes that a
+    device needs; None where it holds none. ValueError for a layout that cannot be."""
+    config = _checked(raw)
+    share = _share(config, machine)
+    first = min(config.batch.micro_sequences or share, share)
+    if machine.memory_gib is None:
+        return _with(raw, config.parallel.recompute, first if "micro_sequences" in raw["batch"] else None), None
+    limit = machine.memory_gib * 2**30
+    if STATE_BYTES * count(config.model).total > limit * machine.world_size:
+        least = math.ceil(STATE_BYTES * count(config.model).total / limit)
+        raise ValueError(
+            f"weights, gradients and moments alone need {least:,} devices of {machine.memory_gib:g} GiB, and there are "
+            f"{machine.world_size:,}; give more, or a smaller target"
+        )
+    largest = min(share, config.batch.micro_sequences or MOST_AT_ONCE)
+    for recompute in RECOMPUTE[RECOMPUTE.index(config.parallel.recompute) :]:
+        held = None
+        for micro in (each for each in range(1, largest + 1) if share % each == 0 or each == largest):
+            tried = _with(raw, recompute, micro)
+            needed = _needed(tried, machine)
+            if needed > limit:
+                break
+            held = tried, needed
+        if held is not None:
+            return held
+    return None
+
+
+def _share(config: RunConfiguration, machine: Machine) -> int:
+    """Sequences of a batch on each rank."""
+    layout = plan_layout(config.parallel, machine.world_size, config.model, config.data.seq_len, *config.batches.sizes)
+    return max(1, config.batch.sequences // layout.data)
+
+
+def _needed(raw: Mapping[str, Any], machine: Machine) -> int:
+    """Bytes of the fullest device in a step."""
+    config = _checked(raw)
+    layout = plan_layout(config.parallel, machine.world_size, config.model, config.data.seq_len, *config.batches.sizes)
+    return estimate(config, layout, device_type=supposed_device(config, machine.world_size)).total
+
+
+def _with(raw: Mapping[str, Any], recompute: str, micro: int | None) -> dict[str, Any]:
+    changed = deepcopy(dict(raw))
+    if recompute != "none" or "recompute" in changed.get("parallel", {}):
+        changed.setdefault("parallel", {})["recompute"] = recompute
+    if micro is not None:
+        changed["batch"]["micro_sequences"] = micro
+    return changed
+
+
+def _short(number: float) -> str:
+    """A number for a name, such as 1.4T or 350M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"

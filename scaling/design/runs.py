@@ -1,0 +1,105 @@
+"""What a design reads of a table: settings, losses and costs of runs, grouped into cells of equal N and D."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from scaling.columns import DIVERGED, FINISHED, RUNNING
+from scaling.table import RunTable
+
+SAME_TOKENS = 0.02
+"""Of ln D: runs of one cell end at slightly different tokens, as their batches do not divide the horizon alike."""
+FLOPS = 6.0
+"""For each parameter and token, where the table does not know better (Kaplan et al. 2020, table 1)."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Columns of runs, each (rows,)."""
+
+    N: np.ndarray
+    D: np.ndarray
+    lr: np.ndarray
+    batch_tokens: np.ndarray
+    loss: np.ndarray
+    """NaN where unknown, diverged or not yet run."""
+    diverged: np.ndarray
+    pending: np.ndarray
+    """Still running."""
+    flops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.N)
+
+    def where(self, kept: np.ndarray) -> "Runs":
+        """These rows: (rows,) of bool, or indices."""
+        return Runs(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
+
+    def joined(self, other: "Runs") -> "Runs":
+        """These and then the other's."""
+        return Runs(*(np.r_[getattr(self, name), getattr(other, name)] for name in self.__dataclass_fields__))
+
+    @property
+    def measured(self) -> np.ndarray:
+        """(rows,) of bool: those that have a loss to learn from."""
+        return np.isfinite(self.loss)
+
+
+def read(table: RunTable | pd.DataFrame, size: str) -> Runs:
+    """The runs of a table, with N meaning the column `size`.
+
+    Rows without positive N, D, lr and batch are left out; so is the loss of a run that did not finish. Where `flops`
+    is missing it follows from `flops_per_token`, or else from 6 N D. ValueError for a missing column, or no row.
+    """
+    frame = table.frame if isinstance(table, RunTable) else table
+    needed = (size, "tokens", "lr", "batch_tokens")
+    missing = [name for name in needed if name not in frame]
+    if missing:
+        raise ValueError(f"columns {', '.join(missing)} are missing; a design needs {', '.join(needed)} and loss")
+
+    def numbers(name: str) -> np.ndarray:
+        if name not in frame:
+            return np.full(len(frame), np.nan)
+        return pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+
+    settings = {name: numbers(name) for name in needed}
+    with np.errstate(invalid="ignore"):
+        known = np.all([np.isfinite(each) & (each > 0) for each in settings.values()], axis=0)
+    if not known.any():
+        raise ValueError(f"no row has positive {', '.join(needed)}")
+    status = frame["status"].to_numpy(dtype=object) if "status" in frame else np.full(len(frame), FINISHED, object)
+    status = np.where(pd.isna(status), FINISHED, status)
+    loss = numbers("loss")
+    loss = np.where((status == FINISHED) & np.isfinite(loss) & (loss > 0), loss, np.nan)
+    N, D = settings[size], settings["tokens"]
+    flops = numbers("flops")
+    for other in (numbers("flops_per_token") * D, FLOPS * N * D):
+        flops = np.where(np.isfinite(flops) & (flops > 0), flops, other)
+    runs = Runs(N, D, settings["lr"], settings["batch_tokens"], loss, status == DIVERGED, status == RUNNING, flops)
+    return runs.where(known)
+
+
+def cells_of(N: np.ndarray, D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cells of equal N and nearly equal D: their N and D (geometric mean), (m,) each, and each row's cell, (rows,)."""
+    order = np.lexsort((D, N))
+    starts = np.r_[True, (np.diff(N[order]) != 0) | (np.diff(np.log(D[order])) > SAME_TOKENS)] if len(N) else []
+    cell = np.empty(len(N), dtype=int)
+    cell[order] = np.cumsum(starts) - 1
+    count = int(cell.max()) + 1 if len(N) else 0
+    size = np.zeros(count)
+    size[cell] = N
+    log_tokens = np.bincount(cell, np.log(D), count) / np.bincount(cell, minlength=count)
+    return size, np.round(np.exp(log_tokens)), cell
+
+
+def position(N: np.ndarray, D: np.ndarray, among: Iterable[tuple[float, float]]) -> np.ndarray:
+    """The index of each (N, D) in a list of cells, -1 where it is not there, (n,)."""
+    known = np.log(np.array(list(among), dtype=float).reshape(-1, 2))
+    if not len(known):
+        return np.full(len(N), -1)
+    apart = np.abs(np.log(np.stack([N, D], axis=-1))[:, None] - known[None])
+    near = (apart[..., 0] < 1e-9) & (apart[..., 1] <= SAME_TOKENS)
+    nearest = np.where(near, apart[..., 1], np.inf).argmin(axis=1)
+    return np.where(near.any(axis=1), nearest, -1)
