@@ -49,8 +49,9 @@ def decide(
         return Decision(target, {}, {}, np.nan, _beyond(loss, target.get("C", np.nan)), tuple(said))
     size, tokens = proposal["N"].value, proposal["D"].value
     compute = target.get("C", FLOPS * size * tokens)
-    known = {name: value for name, value in constants.items() if value > 0}
-    known |= {name: value for name, value in target.items() if name not in SIZES}
+    known = {"streams": 1.0, "recurrences": 1.0, "unique_tokens": tokens}
+    known |= {name: value for name, value in constants.items() if value > 0}
+    known |= {column_of(name, name): value for name, value in target.items() if name not in SIZES}
     known |= {"N": size, "D": tokens, "C": compute}
     if settings:
         found = _settings(known, fits, bowls, far, stability, seed)

@@ -11,7 +11,7 @@ from scaling.report import answer, tables
 from scaling.report.figures import PLOTS
 from scaling.report.tables import Cell, Table
 from scaling.report.words import plain
-from scaling.results import Analysis
+from scaling.results import Analysis, Fit
 
 SECTIONS = {
     "answer": "The answer",
@@ -118,7 +118,7 @@ def _fits(analysis: Analysis, plots: Mapping[str, bytes]) -> str:
         _plot("optima", plots),
         *tell,
         _plot("bootstrap", plots),
-        _folded("How they were fitted", "".join(_details(each.details, each.law) for each in chosen)),
+        _folded("How they were fitted, and all that was judged", "".join(map(_fitting, chosen))),
         _folded(f"The other {len(others)}", rest) if others else "",
         _folded("Compute-optimal frontier (approaches 1 and 2)", _details(analysis.frontier))
         if analysis.frontier
@@ -127,10 +127,17 @@ def _fits(analysis: Analysis, plots: Mapping[str, bytes]) -> str:
     return "".join(parts)
 
 
+def _fitting(fit: Fit) -> str:
+    return _table(tables.verdicts(fit.law, fit.verdicts), is_titled=True) + _details(fit.details)
+
+
 def _held_out(analysis: Analysis, plots: Mapping[str, bytes]) -> str:
     if not analysis.held_out:
         return _nothing("Too few runs to hold any out.")
-    return _table(tables.held_out(analysis.held_out)) + _plot("held_out", plots)
+    counting = tables.counting(analysis.held_out)
+    rest = [each for each in analysis.held_out if each not in counting]
+    more = _folded("The other hold-outs", _table(tables.held_out(rest))) if rest else ""
+    return _table(tables.held_out(counting)) + _plot("held_out", plots) + more
 
 
 def _bowls(analysis: Analysis, plots: Mapping[str, bytes]) -> str:
@@ -177,7 +184,7 @@ def _plot(name: str, plots: Mapping[str, bytes]) -> str:
 
 
 def _table(found: Table, is_titled: bool = False) -> str:
-    title = f"<h3>{escape(found.title)}</h3>" if is_titled else ""
+    title = f"<h3>{_safe(found.title)}</h3>" if is_titled else ""
     note = f"<p class=quiet>{escape(found.note)}</p>" if found.note else ""
     heads = "".join(f"<th>{_safe(each)}</th>" for each in found.columns)
     rows = "".join(f"<tr>{_cells(row)}</tr>" for row in found.rows)

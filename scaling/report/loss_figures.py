@@ -1,5 +1,7 @@
 """Plots of loss laws: losses, residuals, hold-out and parameters."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -9,8 +11,9 @@ from scaling.inputs import compute, of_rows
 from scaling.laws import find
 from scaling.report.answer import chosen
 from scaling.report.drawing import BLUE, COLORS, GRID, INK, ORANGE, QUIET, RED, logarithmic, shades, sheet, spread
+from scaling.report.tables import counting, quantity_of
 from scaling.report.words import count, label, number, plain, target
-from scaling.results import Analysis, Fit
+from scaling.results import Analysis, Fit, HeldOut
 from scaling.table import RunTable
 
 CURVES = 9
@@ -132,7 +135,7 @@ def _medians(values: np.ndarray, found: np.ndarray, bins: int = 10) -> tuple[np.
 
 def held_out(analysis: Analysis) -> Figure | None:
     """Errors of each law on held-out rows, and predicted over measured of the best two."""
-    scores = analysis.held_out
+    scores = counting(analysis.held_out)
     if not scores:
         return None
     shown = scores[:16]
@@ -144,11 +147,15 @@ def held_out(analysis: Analysis) -> Figure | None:
     left.errorbar(errors, places, xerr=np.minimum(widths, errors), fmt="o", color=BLUE, markersize=4, capsize=2)
     left.plot(100 * np.array([each.bias for each in shown]), places, "|", color=ORANGE, markersize=9, label="bias")
     left.axvline(0, color=QUIET, linewidth=0.8)
-    left.set_yticks(places, [_shortened(f"{each.law}, {each.size}: {each.split}", 44) for each in shown])
+    left.set_yticks(places, [_shortened(f"{_named(each)}: {each.split}", 44) for each in shown])
     left.set_xlabel("error (%)")
     left.legend(loc="best")
-    _predicted(right, analysis)
+    _predicted(right, scores)
     return figure
+
+
+def _named(found: HeldOut) -> str:
+    return f"{found.law}, {found.size}" if found.size else found.law
 
 
 def _shortened(text: str, most: int) -> str:
@@ -156,12 +163,13 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _predicted(axis: Axes, analysis: Analysis) -> None:
+def _predicted(axis: Axes, scores: Sequence[HeldOut]) -> None:
     """Predicted over measured, in percent, of the first two laws that tell their points."""
     axis.axhline(0, color=QUIET, linewidth=0.8)
-    laws = list(dict.fromkeys((each.law, each.size) for each in analysis.held_out if len(each.measured)))[:2]
+    told = [each for each in scores if each.measured and each.size and quantity_of(each) == "loss"]
+    laws = list(dict.fromkeys((each.law, each.size) for each in told))[:2]
     for color, marker, (law, size) in zip((BLUE, ORANGE), ("o", "s"), laws, strict=False):
-        same = [each for each in analysis.held_out if (each.law, each.size) == (law, size) and len(each.measured)]
+        same = [each for each in told if (each.law, each.size) == (law, size)]
         measured = np.concatenate([each.measured for each in same])
         predicted = np.concatenate([each.predicted for each in same])
         text = _shortened(f"{law}, {size}", 30)

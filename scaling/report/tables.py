@@ -137,15 +137,25 @@ def parameters(fit: Fit) -> Table:
     return table(title, ("parameter", "value", "95 % interval", "standard error", "meaning"), rows, note)
 
 
+def counting(found: Sequence[HeldOut]) -> list[HeldOut]:
+    """Those that laws are chosen by: of the largest compute and N, as targets lie beyond; all where there are none."""
+    return [each for each in found if "largest" in each.split] or list(found)
+
+
+def quantity_of(found: HeldOut) -> str:
+    """What was predicted; baselines are of the loss."""
+    return find(found.law).quantity if found.size else "loss"
+
+
 def held_out(found: Sequence[HeldOut]) -> Table:
     """How well each law told rows that it was not fitted to; in the order of the analysis."""
     rows = [
-        (cell(each.law), cell(label(each.size)), cell(each.split), cell(each.trained, count),
+        (cell(quantity_of(each)), cell(each.law), cell(label(each.size)), cell(each.split), cell(each.trained, count),
          cell(each.tested, count), Cell(f"{percent(each.error)} ± {percent(each.error_se)}", each.error),
          cell(each.bias, percent), cell(each.coverage, percent))
         for each in found
     ]  # fmt: skip
-    columns = ("law", "N is", "held out", "fitted to", "tested on", "error", "bias", "in 95 % interval")
+    columns = ("of", "law", "N is", "held out", "fitted to", "tested on", "error", "bias", "in 95 % interval")
     return table("Hold-out", columns, rows)
 
 

@@ -32,7 +32,7 @@ def sections(analysis: Analysis) -> Iterable[tuple[str, list[Grid | Text]]]:
     if analysis.fits:
         yield "Fits", noted(tables.fits(analysis.fits))
     if analysis.held_out:
-        yield "Hold-out", noted(tables.held_out(analysis.held_out[:MOST_HELD_OUT]))
+        yield "Hold-out", noted(tables.held_out(tables.counting(analysis.held_out)[:MOST_HELD_OUT]))
     for fit in answer.chosen(analysis):
         found = tables.parameters(fit)
         yield found.title, noted(found)

@@ -56,7 +56,10 @@ def count(value: float, digits: int = 3) -> str:
 
 
 def percent(share: float, digits: int = 2) -> str:
-    return number(100 * share, digits) + " %" if math.isfinite(share) else number(share)
+    if not math.isfinite(share):
+        return number(share)
+    value = 100 * share
+    return (f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < 1e5 else number(value, digits)) + " %"
 
 
 def written(name: str) -> Callable[[float], str]:
