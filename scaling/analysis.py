@@ -17,7 +17,7 @@ from scaling.laws import find
 from scaling.loss_laws import fit_losses, fit_rows
 from scaling.optima.cells import levels
 from scaling.optimum_laws import find_optima
-from scaling.results import Analysis, Fit
+from scaling.results import Analysis, Fit, Verdict
 from scaling.table import RunTable
 
 APART = ("tokens", "unique_tokens", "streams", "recurrences", "once", "recurrent", "parent_tokens")
@@ -78,14 +78,12 @@ def analyse(
     return Analysis(
         table=table,
         used=used,
-        gates=(*gates, *losses.verdicts, *optima.verdicts),
+        gates=(*gates, *_batches(runs), *losses.verdicts, *optima.verdicts),
         fits=fits,
         held_out=(*losses.held_out, *optima.held_out),
         bowls=optima.bowls,
         decisions=tuple(
-            decisions.decide(
-                each, fits, optima.bowls, constants=shared, far=far, stability=optima.stability, seed=seed
-            )
+            decisions.decide(each, fits, optima.bowls, constants=shared, far=far, stability=optima.stability, seed=seed)
             for each in targets
         ),
         frontier=_frontier(table.where(best), losses.fits, replicates, seed),
@@ -102,6 +100,14 @@ def _sizes(runs: RunTable, size: str | None) -> tuple[str, ...]:
     if size not in known:
         raise ValueError(f"size {size!r} is not known of these runs; known: {', '.join(known) or 'none'}")
     return (size,)
+
+
+def _batches(runs: RunTable) -> list[Verdict]:
+    """A warning where batches vary in sequences of unknown length: they cannot be told from one another then."""
+    if runs.has("batch_tokens") or not runs.has("batch_sequences") or len(set(runs.numbers("batch_sequences"))) < 2:
+        return []
+    message = "batches are in sequences of unknown length, so that runs of different batches are mixed; give seq_len"
+    return [Verdict("warning", "batch_unknown", message)]
 
 
 def _with_diverged(table: RunTable, used: np.ndarray) -> RunTable:

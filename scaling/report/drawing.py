@@ -26,10 +26,19 @@ STYLE = {
 }  # fmt: skip
 
 
-def sheet(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure of so many inches, and its axes, (rows, columns)."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def sheet(
+    rows: int, columns: int, width: float, height: float, left: float = 0.72, between: tuple[float, float] = (0.6, 0.62)
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, (rows, columns); all measures in inches. `left`: the margin for labels; `between`: the
+    gaps of columns and of rows. Margins are given, as to find them would take longer than to draw."""
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    across, along = between[0] * (columns - 1), between[1] * (rows - 1)
+    panel = (width - left - 0.15 - across) / columns, (height - 0.5 - 0.3 - along) / rows
+    figure.subplots_adjust(
+        left=left / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.3 / height,
+        wspace=between[0] / panel[0], hspace=between[1] / panel[1],
+    )  # fmt: skip
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -139,7 +139,7 @@ def held_out(analysis: Analysis) -> Figure | None:
     if not scores:
         return None
     shown = scores[:16]
-    figure, axes = sheet(1, 2, 7.6, max(2.6, 0.8 + 0.24 * len(shown)))
+    figure, axes = sheet(1, 2, 9.0, max(2.6, 0.8 + 0.24 * len(shown)), left=2.9, between=(0.75, 0.0))
     left, right = axes[0]
     places = np.arange(len(shown))[::-1]
     errors = 100 * np.array([each.error for each in shown])
@@ -189,7 +189,7 @@ def bootstrap(analysis: Analysis) -> Figure | None:
     if not drawn:
         return None
     columns = min(PANELS, max(len(fit.parameters) for fit in drawn))
-    figure, axes = sheet(len(drawn), columns, 1.9 * columns, 1.7 * len(drawn))
+    figure, axes = sheet(len(drawn), columns, 0.6 + 1.7 * columns, 0.4 + 1.6 * len(drawn), 0.5, (0.2, 0.55))
     for row, fit in zip(axes, drawn, strict=True):
         parameters = find(fit.law).parameters
         for axis in row[len(parameters) :]:

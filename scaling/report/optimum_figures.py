@@ -28,7 +28,7 @@ def bowls(analysis: Analysis) -> Figure | None:
     shown = [ordered[place] for place in spread(np.arange(len(ordered)), SHOWN)]
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure, axes = sheet(rows, columns, 2.35 * columns, 2.1 * rows)
+    figure, axes = sheet(rows, columns, 0.7 + 2.4 * columns, 0.5 + 2.1 * rows, between=(0.55, 0.5))
     for axis in axes.ravel()[len(shown) :]:
         axis.set_axis_off()
     names = keys(analysis.bowls)
@@ -148,7 +148,7 @@ def optima(analysis: Analysis) -> Figure | None:
     laws = [fit for name in SETTINGS if (fit := analysis.best(name)) is not None]
     if not laws or not analysis.bowls:
         return None
-    figure, axes = sheet(1, len(laws), 4.4 * len(laws), 3.6)
+    figure, axes = sheet(1, len(laws), 4.6 * len(laws), 3.7, left=0.8, between=(0.85, 0.0))
     for axis, fit in zip(axes[0], laws, strict=True):
         _law(axis, fit, analysis)
     return figure
@@ -210,7 +210,7 @@ def plateau(analysis: Analysis) -> Figure | None:
     if not shown:
         return None
     names = [name for name in SETTINGS if any(name in each.plateau for each in shown)]
-    figure, axes = sheet(len(shown), len(names), 3.9 * len(names), 2.4 * len(shown))
+    figure, axes = sheet(len(shown), len(names), 0.4 + 3.9 * len(names), 0.3 + 2.4 * len(shown))
     for row, decision in zip(axes, shown, strict=True):
         for axis, name in zip(row, names, strict=True):
             if name in decision.plateau and name in decision.proposal:

@@ -40,7 +40,9 @@ def files(folder: Path) -> set[str]:
 def results(tmp_path_factory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp("fit")
     table = write_losses(folder / "runs.csv", name=["<b>bold</b>"] * 25)
-    code = run(table, "--columns", "loss=final", "--law", "chinchilla", "--target", "N=3B,D=60B", "--out", folder / "out")
+    code = run(
+        table, "--columns", "loss=final", "--law", "chinchilla", "--target", "N=3B,D=60B", "--out", folder / "out"
+    )
     return code, folder
 
 
@@ -55,7 +57,9 @@ def test_a_table_becomes_laws_a_report_and_plots(results):
     assert found.best("loss").law == "chinchilla" and found.best("loss").rows == 25
     assert found.provenance["options"]["targets"] == [{"N": 3e9, "D": 6e10}]
     assert "chinchilla" in found.provenance["command"]
-    assert found.decisions[0].proposal["loss"].value == pytest.approx(1.7 + 400 * 3e9**-0.34 + 410 * 6e10**-0.28, rel=0.02)
+    assert found.decisions[0].proposal["loss"].value == pytest.approx(
+        1.7 + 400 * 3e9**-0.34 + 410 * 6e10**-0.28, rel=0.02
+    )
     page = (folder / "out" / "report.html").read_text()
     assert "<b>bold</b>" not in page and "&lt;b&gt;bold&lt;/b&gt;" in page
 
@@ -182,6 +186,8 @@ def test_published_tables_are_fitted_as_they_are(tmp_path, name):
     assert run(published(table), *options, "--out", tmp_path / "out") in (0, 3)
     found = laws_file.read(tmp_path / "out" / "laws.json")
     assert quantities <= {fit.quantity for fit in found.fits}
-    assert {"losses.png", "residuals.png"} <= set(os.listdir(tmp_path / "out" / "plots")) <= {
-        f"{each}.png" for each in figures.PLOTS
-    }
+    assert (
+        {"losses.png", "residuals.png"}
+        <= set(os.listdir(tmp_path / "out" / "plots"))
+        <= {f"{each}.png" for each in figures.PLOTS}
+    )
