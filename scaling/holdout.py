@@ -14,14 +14,18 @@ from scaling.laws import find
 from scaling.results import HeldOut
 
 LARGEST_COMPUTE, LARGEST_SIZE = "largest compute", "largest N"
-EXTRAPOLATIONS = (LARGEST_COMPUTE, LARGEST_SIZE)
-"""Splits whose tested runs lie beyond the trained ones, as the runs do that a law is asked for."""
 SHARE = 0.15
 """Of the rows that are held out at the end of compute, at least."""
-FOLDS = 8
+TESTED = 3
+"""Rows that are held out at the largest N, at least."""
+FOLDS = 6
 """Sizes are held out one by one up to so many, and in so many groups of neighbours beyond."""
-WARM = 4
+MANY = 1000
+"""Rows, beyond which sizes amid others are no longer held out: it takes long and tells little of extrapolation."""
+WARM = 3
 """Solutions of the fit to all rows that a hold-out starts from, beside new ones."""
+NEAR = 0.25
+"""Median error at the trained runs, within which the published law's loss counts as in the same units."""
 PUBLISHED = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 """Chinchilla, in nats for each token of its own data (Besiroglu et al. 2024, arXiv 2404.10102)."""
 
@@ -32,33 +36,40 @@ class Split:
     train: np.ndarray
     """(n,) of bool."""
     test: np.ndarray
+    extrapolates: bool = True
+    """The tested runs lie beyond the trained ones, as the runs do that a law is asked for."""
 
 
 def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
-    """Hold-outs of rows, (n,) each: the largest compute, the largest N, each N, and rolling from smaller to larger N.
+    """Hold-outs of rows, (n,) each: the largest compute, the largest N, from smaller to the next larger N, and each N.
 
     Where C is not known, (n,) of NaN, that one is left out. A split needs half of the rows, and three sizes, to train
-    on.
+    on; of two that test the same rows the first is kept.
     """
     level = levels(size)
     fold = level if level.max() < FOLDS else np.unique(_folds(level), return_inverse=True)[1]
     splits = []
     if np.isfinite(compute).all():
-        splits.append(_split(LARGEST_COMPUTE, _last(levels(compute), SHARE)))
-    splits.append(_split(LARGEST_SIZE, _last(level, 0.0)))
-    for number in range(fold.max() + 1):
+        test = _last(levels(compute), int(SHARE * len(size)))
+        splits.append(Split(LARGEST_COMPUTE, ~test, test))
+    test = _last(level, TESTED)
+    splits.append(Split(LARGEST_SIZE, ~test, test))
+    for number in range(1, fold.max() + 1):
+        before, rows = fold < number, fold == number
+        splits.append(Split(f"up to N = {size[before].max():.3g}", before, rows))
+    for number in range(fold.max() + 1 if len(size) <= MANY else 0):
         rows = fold == number
-        splits.append(_split(f"without N = {_range(size[rows])}", rows))
-        splits.append(Split(f"up to N = {size[fold < number].max(initial=0):.3g}", fold < number, rows))
-    return tuple(
-        each
-        for each in splits
-        if each.train.sum() >= max(6, len(size) / 2) and len(set(level[each.train])) >= 3 and each.test.any()
-    )
+        splits.append(Split(f"without N = {_range(size[rows])}", ~rows, rows, extrapolates=False))
+    possible: list[Split] = []
+    for split in splits:
+        enough = split.train.sum() >= max(6, len(size) / 2) and len(set(level[split.train])) >= 3
+        if enough and not any(np.array_equal(split.test, other.test) for other in possible):
+            possible.append(split)
+    return tuple(possible)
 
 
 def solve(
-    candidate: Candidate, y: np.ndarray, *, objective: Objective | None = None, starts: int = 200, seed: int = 0
+    candidate: Candidate, y: np.ndarray, *, objective: Objective | None = None, starts: int = 48, seed: int = 0
 ) -> np.ndarray:
     """Best parameter vectors of a fit to all rows (`WARM`, K), the best first. y (n,) is the loss."""
     law, fixed = candidate.law, _fixed(candidate)
@@ -76,7 +87,7 @@ def held_out(
     *,
     warm: np.ndarray,
     objective: Objective | None = None,
-    starts: int = 16,
+    starts: int = 4,
     seed: int = 0,
 ) -> dict[str, tuple[HeldOut, np.ndarray]]:
     """Each split's measures, and the tested rows' predicted / measured - 1. y (n,) is the loss.
@@ -127,7 +138,8 @@ def baselines(
         if published and np.isfinite(x["D"]).all():
             law = find("chinchilla")
             values = law.log_value(law.coordinates(PUBLISHED)[None], {"N": x["N"], "D": x["D"]})[0]
-            predicted.setdefault("published chinchilla", {})[split.name] = np.exp(values)
+            if np.median(np.abs(np.exp(values) / y - 1)) < NEAR:
+                predicted.setdefault("published chinchilla", {})[split.name] = np.exp(values)
     results: dict[str, dict[str, tuple[HeldOut, np.ndarray]]] = {}
     for name, by_split in predicted.items():
         for split in splits:
@@ -169,15 +181,10 @@ def _half_width(jacobian: np.ndarray, residuals: np.ndarray, split: Split) -> np
     return 1.96 * noise * np.sqrt(1 + np.maximum(of_law, 0))
 
 
-def _last(level: np.ndarray, share: float) -> np.ndarray:
-    """The rows of the highest levels, as many as make up this share of the rows; of the highest one at least."""
-    counts = np.bincount(level)
-    beyond = np.cumsum(counts[::-1])
-    return level > level.max() - 1 - np.searchsorted(beyond, share * len(level))
-
-
-def _split(name: str, test: np.ndarray) -> Split:
-    return Split(name, ~test, test)
+def _last(level: np.ndarray, least: int) -> np.ndarray:
+    """The rows of the highest level, and of those below it until there are so many."""
+    beyond = np.cumsum(np.bincount(level)[::-1])
+    return level > level.max() - 1 - np.searchsorted(beyond, least)
 
 
 def _folds(level: np.ndarray) -> np.ndarray:

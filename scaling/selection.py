@@ -9,7 +9,7 @@ from scipy.stats import chi2
 from scaling.candidates import SIZES, Candidate, find_candidates, with_defaults
 from scaling.fitting.levenberg import minimise
 from scaling.fitting.objective import Huber, spread
-from scaling.holdout import EXTRAPOLATIONS, baselines, held_out, make_splits, solve
+from scaling.holdout import baselines, held_out, make_splits, solve
 from scaling.laws.nesting import NESTINGS
 from scaling.results import HeldOut, Verdict
 from scaling.table import RunTable
@@ -58,14 +58,14 @@ def choose(
     *,
     laws: Sequence[str] | None = None,
     sizes: Sequence[str] = SIZES,
-    starts: int = 200,
+    starts: int = 48,
     seed: int = 0,
 ) -> Choice:
     """The law of loss, and the meaning of N, for these rows, (rows,) of bool.
 
     Candidates are `laws` (all of loss if not given) with all of `sizes`; what the table cannot tell of is left out,
-    with a verdict. The score is the mean error on the largest compute and the largest N, held out one at a time; with
-    too few runs for that, on each N. ValueError where no law can be fitted, or nothing held out.
+    with a verdict. The score is the mean error over the hold-outs whose runs lie beyond those that are fitted to; with
+    too few runs for that, over each N. ValueError where no law can be fitted, or nothing held out.
     """
     rows, candidates, verdicts = find_candidates(table, used, laws=laws, sizes=sizes)
     kept = table.where(rows)
@@ -75,7 +75,7 @@ def choose(
         raise ValueError(
             f"{len(y)} runs of {len(set(x['N']))} sizes are too few to hold any out; at least 4 are needed"
         )
-    counting = [each.name for each in splits if each.name in EXTRAPOLATIONS] or [each.name for each in splits]
+    counting = [each.name for each in splits if each.extrapolates] or [each.name for each in splits]
     scores, measured, solutions = [], [], {}
     for candidate in candidates:
         best = solve(candidate, y, starts=starts, seed=seed)
@@ -172,10 +172,12 @@ def likelihood_ratio(
 
 
 def _score(results: dict, counting: Sequence[str], parameters: int, fixed: dict[str, float]) -> Score:
-    """The mean over splits; its standard error from those of the splits, taken as independent."""
+    """The mean over splits. Its standard error is from those of the splits or from how they differ, if that is more."""
     counted = [results[name][0] for name in counting if name in results]
-    error = float(np.mean([each.error for each in counted]))
-    se = float(np.sqrt(np.sum([each.error_se**2 for each in counted])) / len(counted))
+    errors = np.array([each.error for each in counted])
+    error, se = float(errors.mean()), float(np.sqrt(np.sum([each.error_se**2 for each in counted])) / len(counted))
+    if len(errors) > 2:
+        se = max(se, float(errors.std(ddof=1) / np.sqrt(len(errors))))
     return Score(counted[0].law, counted[0].size, parameters, error, se, fixed)
 
 

@@ -118,7 +118,7 @@ def _checked(
     for name, values in {law.quantity: y, **inputs}.items():
         if values.shape != y.shape or values.ndim != 1:
             raise ValueError(f"{name} has shape {values.shape}; one number for each of {len(y)} rows is accepted")
-        bad = ~(np.isfinite(values) & (values > 0))
+        bad = ~(np.isfinite(values) & ((values > 0) | (values == 0) & (name in law.zeros)))
         if bad.any():
             raise ValueError(
                 f"{name} of row {np.argmax(bad)} is {values[np.argmax(bad)]:g}; positive ones are accepted"

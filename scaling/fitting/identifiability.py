@@ -35,7 +35,8 @@ def of_table(law: Law, x: Inputs, clusters: np.ndarray, fixed: Mapping[str, floa
         if count < ROWS * free:
             yield Verdict("warning", "rows", f"{count} {what} are few for {free} parameters")
             break
-    logs = {symbol: np.log(x[symbol]) for symbol in law.inputs}
+    # Of what may be 0, and of unique tokens beside all of them, the span tells nothing; the intervals do.
+    logs = {symbol: np.log(x[symbol]) for symbol in law.inputs if symbol not in (*law.zeros, "U")}
     narrow = False
     for symbol, values in logs.items():
         span = float(np.exp(np.ptp(values)))

@@ -31,6 +31,7 @@ class Joint(Law):
     )
     coefficients = ("E", "A", "B")
     floor = "E"
+    zeros = ("N_rec",)
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, alpha, beta, phi, gain, ln_rd = unpacked(coordinates)

@@ -65,6 +65,8 @@ class Law(ABC):
     """Parameters in which the quantity itself is linear, with no other term: least squares gives them for the rest."""
     floor: str = ""
     """The parameter that is the irreducible loss, if there is one."""
+    zeros: tuple[str, ...] = ()
+    """Inputs that may be 0."""
 
     @abstractmethod
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ class Recurrence(Law):
     parameters = (FLOOR, SIZE, DATA, SIZE_EXPONENT, DATA_EXPONENT, REUSE)
     coefficients = ("E", "A", "B")
     floor = "E"
+    zeros = ("N_rec",)
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, alpha, beta, phi = unpacked(coordinates)

@@ -43,6 +43,7 @@ class Reuse(Law):
     parameters = (FLOOR, DATA, DATA_EXPONENT, *_REUSE)
     coefficients = ("E", "B")
     floor = "E"
+    zeros = ("D1",)
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, *data = unpacked(coordinates)
@@ -59,6 +60,7 @@ class ReuseSizes(Law):
     parameters = (FLOOR, SIZE, DATA, SIZE_EXPONENT, DATA_EXPONENT, *_REUSE)
     coefficients = ("E", "A", "B")
     floor = "E"
+    zeros = ("D1",)
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
         floor, a, b, alpha, beta, *reuse = unpacked(coordinates)

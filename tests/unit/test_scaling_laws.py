@@ -116,15 +116,15 @@ def test_farseer_is_the_published_formula():
     )
     assert np.allclose(np.exp(law.log_value(law.coordinates(values)[None], x)[0]), loss, rtol=1e-12)
     assert as_published(values) == pytest.approx(c, rel=1e-9)
-    with pytest.raises(ValueError, match="rate_bend = 0"):
-        as_published(values | {"rate_bend": 0.0})
+    with pytest.raises(ValueError, match="beta_bend = 0"):
+        as_published(values | {"beta_bend": 0.0})
 
 
 def test_a_bend_of_zero_is_a_power_of_size():
     law, x = find("farseer"), inputs()
-    values = from_published(PUBLISHED) | {"floor_bend": 0.0, "scale_bend": 1e-9, "rate_bend": -1e-9}
+    values = from_published(PUBLISHED) | {"E_bend": 0.0, "B_bend": 1e-9, "beta_bend": -1e-9}
     log, jacobian = law.evaluate(law.coordinates(values)[None], x)
-    nearby = law.log_value(law.coordinates(values | {"floor_bend": 1e-3})[None], x)
+    nearby = law.log_value(law.coordinates(values | {"E_bend": 1e-3})[None], x)
     assert np.allclose(nearby, log + 1e-3 * jacobian[..., 2], atol=1e-7)
 
 
