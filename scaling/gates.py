@@ -46,7 +46,7 @@ def select(
         raise ValueError("the table has no loss; name its column with columns loss=NAME")
     statuses = _texts(table, "status", FINISHED)
     for status in sorted(set(statuses) - {FINISHED}):
-        leave_out(statuses == status, status, f"of {len(table)} runs left out: {status}")
+        leave_out(statuses == status, str(status), f"of {len(table)} runs left out: {status}")
     loss = table.numbers("loss")
     leave_out(~np.isfinite(loss), "no-loss", "runs left out: no finite loss")
     leave_out(~(loss > 0), "non-positive", "runs left out: a loss of zero or below is no cross-entropy")

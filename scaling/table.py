@@ -48,7 +48,8 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame[known + [name for name in frame if name not in NAMES]].copy()
     for name in known:
         if name in TEXTS:
-            frame[name] = [None if pd.isna(value) else str(value) for value in frame[name]]
+            texts = [None if pd.isna(value) else str(value) for value in frame[name]]
+            frame[name] = pd.Series(texts, index=frame.index, dtype=object)
         else:
             frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
     return frame

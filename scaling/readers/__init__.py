@@ -58,7 +58,7 @@ def read(
 def _run_directories(sources: list[Source], columns: Mapping[str, str], digests: list[str]) -> Mapped:
     now = time.time()
     held_out = columns.get("loss") or None
-    readings = [run_directory.read(each.path, held_out, now=now) for each in sources]
+    readings = [_run_directory(each.path, held_out, now) for each in sources]
     sets = dict.fromkeys(name for each in readings for name in each.sets)
     if held_out not in (None, run_directory.TRAINING) and held_out not in sets:
         known = ", ".join([*sets, run_directory.TRAINING])
@@ -71,8 +71,16 @@ def _run_directories(sources: list[Source], columns: Mapping[str, str], digests:
     else:
         notes = []
     frame = pd.DataFrame(rows)
-    mapping = {name: "run directory" for name in frame if name in NAMES and frame[name].notna().any()}
+    known = [name for name in frame if name in NAMES and frame[name].notna().any()]
+    mapping = {name: run_directory.ORIGINS.get(name, "run.json") for name in known}
     return Mapped(frame, mapping, notes)
+
+
+def _run_directory(folder: Path, held_out: str | None, now: float) -> run_directory.Reading:
+    try:
+        return run_directory.read(folder, held_out, now=now)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{folder}: its run.json or logs are not as a run writes them ({error!r})") from None
 
 
 def _mark_duplicates(rows: list[dict], keys: list[str]) -> None:
@@ -101,7 +109,7 @@ def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> 
         digests.append(digest)
         if wandb_exports.is_wide(list(frame.columns)):
             yield from (histories.row(each, columns) for each in wandb_exports.wide(frame, path))
-        elif histories.is_logged(list(frame.columns)):
+        elif wandb_exports.is_long(frame):
             yield from (histories.row(each, columns) for each in wandb_exports.long(frame, path))
         else:
             yield tables.rows(frame, path, columns)

@@ -11,7 +11,7 @@ import pandas as pd
 from scaling.columns import DIVERGED, FINISHED, normalised
 from scaling.curves import final_loss, last_writes
 from scaling.readers.derived import resolve_batch
-from scaling.readers.losses import BITS, HELD_OUT, PERPLEXITY, Loss, candidates, words
+from scaling.readers.losses import BITS, HELD_OUT, PERPLEXITY, Loss, candidates
 from scaling.readers.mapping import Mapped, guess
 
 TOKENS = ("tokens", "tokensseen", "consumedtokens", "numtokens", "ntokens", "totaltokens", "numinputtokensseen",
@@ -187,11 +187,3 @@ def _status(history: History, series: Mapping[str, Series], frame: pd.DataFrame)
         if each.tier != HELD_OUT and not np.isfinite(series[each.name].values[-1]):
             return DIVERGED
     return history.status or FINISHED
-
-
-def is_logged(names: list[str]) -> bool:
-    """Whether the columns of a table are those of a log, one row a step, and not of a table of runs."""
-    plain = {name.strip().lower() for name in names}
-    singular = plain & {"_step", "step", "global_step", "iteration", "trainer/global_step", "train/global_step"}
-    has_loss = any("loss" in words(name) or normalised(name) in ("loss", "lmloss", "trainloss") for name in names)
-    return bool(singular) and (has_loss or "_step" in plain)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from scaling.columns import COLUMNS, NAMES, TEXTS, Column, normalised
-from scaling.readers.losses import BITS, PERPLEXITY, candidate, preferred
+from scaling.readers.losses import BITS, PERPLEXITY, candidate, preferred, words
 
 UNITS = {"k": 1e3, "m": 1e6, "mm": 1e6, "b": 1e9, "bn": 1e9, "g": 1e9, "t": 1e12,
          "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}  # fmt: skip
@@ -20,6 +20,18 @@ LARGE = ("total", "non_embedding", "active", "tokens", "unique_tokens", "flops",
 """Columns that are counted in millions and more, so that their names may carry a unit."""
 SIZES = ("total", "non_embedding", "active")
 BY_NAME, BY_LAST_PART, BY_SYMBOL = 0, 1, 2
+SOUNDS = {
+    "total": frozenset(("param", "params", "parameter", "parameters")),
+    "tokens": frozenset(("token", "tokens")),
+    "flops": frozenset(("flop", "flops")),
+    "lr": frozenset(("lr",)),
+}
+"""A word in a name that is no alias, but the only one of its kind in a table."""
+NOT_AN_AMOUNT = frozenset((
+    "per", "ratio", "batch", "unique", "log", "log2", "log10", "ln", "ms", "s", "sec", "second", "seconds", "speed",
+    "throughput", "gpu", "device", "rank", "embedding", "embeddings", "emb", "vocab", "mult", "multiplier", "min",
+    "final", "end", "decay", "warmup", "scale", "eval", "val", "test", "id", "type",
+))  # fmt: skip
 RATIOS = ("tokensperparam", "tokensperparameter", "tokensparamratio", "tpp", "tokenmultiplier")
 _UNIT = re.compile(
     r"^(.+?)[\s_\-./]*(?:\(|\[)?\s*(?:in[\s_]+)?(?<![A-Za-z])(k|mm?|bn?|g|t|thousand|million|billion|trillion)s?\s*[)\]]?$",
@@ -77,6 +89,9 @@ def guess(frame: pd.DataFrame, columns: Mapping[str, str], where: str, *, with_l
         for column in wanted:
             if column.name not in found.frame:
                 used |= _take(found, frame, column, by, used)
+    for column in wanted:
+        if column.name in SOUNDS and column.name not in found.frame and column.name not in found.refusals:
+            used |= _take_by_sound(found, frame, column, used, where)
     for name in frame.columns:
         if name not in used:
             found.frame[f"{name} (as read)" if name in NAMES else name] = frame[name]
@@ -174,6 +189,29 @@ def _take(found: Mapped, frame: pd.DataFrame, column: Column, by: int, used: set
         found.mapping[column.name] = each.name if each.unit == 1 else f"{each.name} * {each.unit:g}"
         return {each.name}
     return set()
+
+
+def _take_by_sound(found: Mapped, frame: pd.DataFrame, column: Column, used: set[str], where: str) -> set[str]:
+    """Add a column from the only name that has its word, with a note; returns the name that was used, if any."""
+    if column.name in SIZES and any(name in found.frame for name in SIZES):
+        return set()
+    fitting = []
+    for name in frame.columns:
+        parts = frozenset(words(str(name)))
+        if name not in used and SOUNDS[column.name] & parts and not NOT_AN_AMOUNT & parts:
+            values = numbers(frame[name], units=True)
+            if (
+                values is not None
+                and np.isfinite(typical(values))
+                and not _implausible(column, Candidate(name, (0, 0)), values)
+            ):
+                fitting.append((name, values))
+    if len(fitting) != 1:
+        return set()
+    name, values = fitting[0]
+    found.frame[column.name], found.mapping[column.name] = values, name
+    found.notes.append(f"{where}: {name!r} is taken for {column.name}: {column.meaning}")
+    return {name}
 
 
 def _candidates(frame: pd.DataFrame, column: Column, by: int, used: set[str]) -> list[Candidate]:

@@ -29,7 +29,7 @@ class Tail:
 
     def column(self, name: str) -> np.ndarray:
         """A column, (rows,), NaN where a row lacks it."""
-        return np.array([_number(row.get(name)) for row in self.rows])
+        return np.array([number(row.get(name)) for row in self.rows])
 
     def last(self, name: str) -> float:
         """The last number of a column that is there; NaN if none is."""
@@ -64,7 +64,7 @@ def read_tail(path: Path) -> Tail:
                 return _lines(path, end)
 
             rows, labels = parse(data[cut:], path.name, before)
-            rows = [row for row in rows if np.isfinite(_number(row.get("step")))]
+            rows = [row for row in rows if np.isfinite(number(row.get("step")))]
             kept = last_writes(np.array([row["step"] for row in rows]))
             rows = [row for row, is_kept in zip(rows, kept, strict=True) if is_kept]
             if start == 0 or _suffices(rows):
@@ -111,7 +111,7 @@ def parse(data: bytes, name: str, lines_before) -> tuple[list[Row], list[str]]:
 
 
 def _suffices(rows: Sequence[Row]) -> bool:
-    tokens = [_number(row.get("tokens")) for row in rows]
+    tokens = [number(row.get("tokens")) for row in rows]
     if len(tokens) < FEWEST or not np.isfinite([tokens[0], tokens[-1]]).all():
         return False
     first, last = tokens[0], tokens[-1]
@@ -123,7 +123,8 @@ def _lines(path: Path, end: int) -> int:
         return file.read(end).count(b"\n")
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """A value of a row as a float; NaN for what is none."""
     return float(value) if isinstance(value, int | float) else float("nan")
 
 

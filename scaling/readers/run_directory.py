@@ -13,12 +13,22 @@ import numpy as np
 from scaling.columns import DIVERGED, FINISHED, KILLED, RUNNING
 from scaling.curves import final_loss
 from scaling.readers.histories import AT_END
-from scaling.readers.rows import Row, Tail, changed_at, read_all, read_tail, rewritten, scan
+from scaling.readers.rows import Row, Tail, changed_at, number, read_all, read_tail, rewritten, scan
 
 RECENT = 600.0
 """Seconds since its last row within which a run without an end is still running."""
 TRAINING = "train"
 """What the loss is called where the smoothed training loss is asked for although there are held-out sets."""
+ORIGINS = {
+    "run": "run.json: name", "source": "its folder", "status": "events.jsonl", "labels": "noticed",
+    "loss": "evaluations.jsonl at the end, else a smooth of metrics.jsonl", "loss_error": "AR(1) of the smooth",
+    "loss_kind": "which of these", "tokens": "metrics.jsonl, last", "steps": "metrics.jsonl, last",
+    "flops": "metrics.jsonl, last", "batch_tokens": "metrics.jsonl, last", "final_lr": "metrics.jsonl, last",
+    "lr": "run.json: schedule.peak_lr", "data": "run.json: contents and proportions of the sources",
+    "total": "run.json: counts of the last segment", "non_embedding": "run.json: counts of the last segment",
+    "active": "run.json: counts of the last segment", "unique_tokens": "run.json: sizes and proportions of the sources",
+}  # fmt: skip
+"""Where columns come from that are not simply in run.json."""
 ENDS = {"finished": FINISHED, "diverged": DIVERGED}
 """Outcomes of a launch; all others are of a run that was stopped."""
 
@@ -231,7 +241,7 @@ def _losses(evaluations: list[Row], end: float, identity: Row) -> dict[str, floa
             continue
         if end * (1 - AT_END) <= tokens <= end or not np.isfinite(end):
             last.pop(name, None)
-            last[name] = float(row.get("loss", float("nan")))
+            last[name] = number(row.get("loss"))
     configured = [each.get("name") for each in identity.get("data", {}).get("evaluation_sets", [])]
     places = {name: k for k, name in enumerate(configured)}
     names = sorted(last, key=lambda name: (name not in places, places.get(name, 0), name.endswith("-ema")))
@@ -261,7 +271,7 @@ def _parent(identity: Row, labels: list[str]) -> Row:
     if not isinstance(parent, dict):
         return {}
     name, tokens, carry = parent.get("run") or parent.get("checkpoint"), parent.get("tokens"), parent.get("carry")
-    if carry == "all":
+    if carry == "all" and "branch_tokens" not in identity.get("schedule", {}):
         labels.append("goes on with its parent's clock, so its tokens are both runs'")
     return {"parent": name, "parent_tokens": tokens}
 

@@ -68,7 +68,7 @@ def rows(frame: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> Mapped:
 
 def as_status(text: Any) -> str | None:
     """One of our statuses for what others call it; None for what is not known."""
-    word = normalised(str(text)).removeprefix("run")
+    word = normalised(str(text))
     return next((status for status in STATUSES if word in OUTCOMES[status]), None)
 
 

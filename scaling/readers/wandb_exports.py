@@ -10,16 +10,41 @@ import pandas as pd
 
 from scaling.columns import normalised
 from scaling.readers.histories import History, Series
-from scaling.readers.mapping import numbers
+from scaling.readers.losses import candidates
+from scaling.readers.mapping import SIZES, guess, numbers
 
 AXES = ("_step", "step", "global_step", "trainer/global_step", "train/global_step", "iteration", "tokens")
 RUN_NAMES = ("run", "runid", "runname", "name", "id", "expname", "experiment", "displayname")
-_WIDE = re.compile(r"^(?P<run>.+?) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
+_WIDE = re.compile(r"^(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
 
 
 def is_wide(names: list[str]) -> bool:
     """Whether a table is a chart's export: "run - metric" columns with their __MIN and __MAX."""
     return any(name.endswith("__MIN") for name in names) and any(name.endswith("__MAX") for name in names)
+
+
+def is_long(frame: pd.DataFrame) -> bool:
+    """Whether a table has one row a logged step, and not one a run: an axis of steps along which each run goes, and no
+    size that changes on the way."""
+    lower = {name.strip().lower() for name in frame.columns}
+    axis = next((name for name in frame.columns if name.strip().lower() in AXES[:-1]), None)
+    if axis is None or not ("_step" in lower or candidates(frame.columns)):
+        return False
+    names = _run_names(frame)
+    groups = [group for _, group in frame.groupby(names[0], sort=False)] if names else [frame]
+    if max(map(len, groups)) < 2:
+        return False
+    sizes = guess(frame, {}, "", with_loss=False).frame
+    varying = [
+        name for name in SIZES if name in sizes and any(sizes[name][each.index].nunique() > 1 for each in groups)
+    ]
+    return not varying
+
+
+def _run_names(frame: pd.DataFrame) -> list[str]:
+    """The columns that name a run, the surest first."""
+    names = [name for name in frame.columns if normalised(name) in RUN_NAMES]
+    return sorted(names, key=lambda name: RUN_NAMES.index(normalised(name)))
 
 
 def wide(frame: pd.DataFrame, path: Path) -> Iterator[History]:
@@ -45,8 +70,7 @@ def long(frame: pd.DataFrame, path: Path) -> Iterator[History]:
     a run is a setting of it."""
     lower = {name.strip().lower(): name for name in frame.columns}
     axis = next(lower[name] for name in AXES if name in lower)
-    names = [name for name in frame.columns if normalised(name) in RUN_NAMES]
-    names.sort(key=lambda name: RUN_NAMES.index(normalised(name)))
+    names = _run_names(frame)
     groups = frame.groupby(names[0], sort=False) if names else [(path.stem, frame)]
     for run, group in groups:
         steps = numbers(group[axis])

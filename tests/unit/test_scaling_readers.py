@@ -223,6 +223,12 @@ def test_a_broken_run_json_is_named(tmp_path, text):
         read([folder])
 
 
+@pytest.mark.parametrize("changes", [{"segments": "x"}, {"data": {"sources": [{"weight": "a"}]}}, {"optimizer": 3}])
+def test_a_run_json_of_another_shape_is_named(tmp_path, changes):
+    with pytest.raises(ValueError, match=str(tmp_path / "a")):
+        read([write(tmp_path / "a", identity=run_json("a", **changes))])
+
+
 def test_a_place_with_nothing_to_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="neither run directories"):
         read([tmp_path])

@@ -17,7 +17,7 @@ def losses(steps=STEPS, end=2.5, seed=0):
     return end + 4 * (steps**-0.5 - steps[-1] ** -0.5) + 0.03 * np.random.default_rng(seed).normal(size=len(steps))
 
 
-def record(step, wall_time=1.0, tensor=False, text=None, **scalars):
+def record(step, wall_time=1.0, /, *, tensor=False, text=None, **scalars):
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.util.tensor_util import make_tensor_proto
 
@@ -74,6 +74,11 @@ def test_a_resume_in_a_second_event_file_rewrites_steps_and_a_cut_end_is_labelle
 def test_garbage_in_an_event_file_is_labelled(tmp_path):
     events(tmp_path / "a", "1", [record(1, loss=2.0), struct.pack("<Q", 3) + b"\0\0\0\0\xff\xff\xff\0\0\0\0"])
     assert "damaged after 1 events" in read([tmp_path / "a"]).frame["labels"][0]
+
+
+def test_an_empty_event_file_is_a_labelled_row(tmp_path):
+    events(tmp_path / "a", "1", [])
+    assert "no loss" in read([tmp_path / "a"]).frame["labels"][0]
 
 
 def test_our_own_event_files_have_tokens_on_their_axis(tmp_path):
@@ -144,10 +149,10 @@ def megatron(first, last, *, total=STEPS, loss=None, nans=0):
     for k, value in enumerate(losses(), start=1):
         if first <= k <= last:
             lines.append(
-                f"[default0]: [2026-01-01 00:00:00] iteration {k:8d}/{total:8d} | consumed samples: {k * 64:12d} | elapsed time "
-                f"per iteration (ms): 100.0 | learning rate: {1e-3 if k < 600 else 1e-5:.3E} | global batch size:    64 | "
-                f"lm loss: {value if loss is None else loss:.6E} | loss scale: 1.0 | grad norm: 0.5 | number of skipped "
-                f"iterations:   0 | number of nan iterations:   {nans} |\n"
+                f"[default0]: [2026-01-01 00:00:00] iteration {k:8d}/{total:8d} | consumed samples: {k * 64:12d} | "
+                f"elapsed time per iteration (ms): 100.0 | learning rate: {1e-3 if k < 600 else 1e-5:.3E} | "
+                f"global batch size:    64 | lm loss: {value if loss is None else loss:.6E} | loss scale: 1.0 | "
+                f"grad norm: 0.5 | number of skipped iterations:   0 | number of nan iterations:   {nans} |\n"
             )
     return "".join(lines)
 

@@ -35,7 +35,8 @@ TABLES = [
     ),
     (
         "scalebench/lr_bsz_train.parquet", {}, {"seq_len": 2048}, 2702,
-        {"loss": "lm_loss", "non_embedding": "non_embedding_param_size", "tokens": "data_size", "batch_sequences": "bsz"},
+        {"loss": "lm_loss", "non_embedding": "non_embedding_param_size", "tokens": "data_size",
+         "batch_sequences": "bsz"},
     ),
     ("scalebench/farseer_train.parquet", {}, {}, 404, {"loss": "loss", "non_embedding": "N", "tokens": "D"}),
     (
@@ -114,6 +115,7 @@ def test_losses_that_only_their_data_tells_apart_are_not_guessed(names):
         ("model_size", ["70M", "1.3B"], "total", [70e6, 1.3e9]),
         ("non-embedding params", ["1,000,000", "2_000_000"], "non_embedding", [1e6, 2e6]),
         ("config.optim.lr", [1e-3, 2e-3], "lr", [1e-3, 2e-3]),
+        ("dense_parameter_count", [1e8, 2e8], "total", [1e8, 2e8]),
         ("peak_lr", [1e-3, 2e-3], "lr", [1e-3, 2e-3]),
         ("batch_size", [524288, 1048576], "batch_tokens", [524288, 1048576]),
         ("compute_pf_days", [1.0, 2.0], "flops", [8.64e19, 17.28e19]),
@@ -256,3 +258,10 @@ def test_a_thousand_columns_are_read(tmp_path):
 def test_a_table_of_one_point_and_markup_is_a_row(tmp_path):
     table = read([csv(tmp_path, 'name,N,D,loss\n"<img src=x onerror=alert(1)>",1e8,1e9,3\n')])
     assert table.frame["run"].tolist() == ["<img src=x onerror=alert(1)>"]
+
+
+def test_a_table_of_runs_with_their_last_step_is_no_log(tmp_path):
+    table = columns(tmp_path, step=[100, 200, 300], N=[1e8, 2e8, 4e8], D=[1e9] * 3, loss=[3.0, 2.9, 2.8])
+    assert table.numbers("loss").tolist() == [3.0, 2.9, 2.8]
+    table = columns(tmp_path, run=["a", "b", "c"], step=[100, 200, 300], D=[1e9] * 3, loss=[3.0, 2.9, 2.8])
+    assert len(table) == 3 and table.numbers("loss").tolist() == [3.0, 2.9, 2.8]
