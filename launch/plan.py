@@ -12,9 +12,9 @@ if not __package__:  # run as a script: the project's root is where its packages
 from runtime.resilience.exits import BAD_INPUT, FINISHED, UNIDENTIFIED
 
 if TYPE_CHECKING:
-    pass
+    from launch.planning import Machine, Target
 
-DAY = 86400.0
+    pass
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +35,14 @@ def parser() -> argparse.ArgumentParser:
     target.add_argument("--params", metavar="N", help="parameters as the laws count them, such as 7B")
     target.add_argument("--tokens", metavar="D", help="such as 1.4T")
     target.add_argument("--far", action="store_true", help="also more than 10 times beyond the compute of a law's data")
+    more = parser.add_argument_group("the next runs of a grid")
+    more.add_argument(
+        "--next",
+        type=int,
+        metavar="K",
+        help="instead, up to K runs that reduce the expected regret at the target most",
+    )
+    more.add_argument("--budget", metavar="FLOPS", help="that they may cost together")
     run = parser.add_argument_group("the run")
     run.add_argument("--config", metavar="PRESET", help="a TOML preset, whose family the shape is of")
     run.add_argument("--out", metavar="DIR", help="write the configuration there; needs --config")
@@ -47,29 +55,45 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Print the plan, and write it if asked to; returns the exit code."""
     arguments = parser().parse_intermixed_args(argv)
-    from launch.auto import open_laws
-    from launch.plan_report import table, write
-    from launch.planning import Unidentified, make_plan, open_preset
+    from launch.planning import Unidentified
 
     try:
-        target, machine = checked(arguments)
-        laws = open_laws(arguments.laws)
-        preset = open_preset(arguments.config, arguments.overrides) if arguments.config else None
-        plan = make_plan(laws, target, preset, machine, arguments.far)
-        path = write(plan, laws, Path(arguments.out)) if arguments.out else None
+        text, paths = planned(arguments)
     except Unidentified as error:
         print(f"error: {error}", file=sys.stderr)
         return UNIDENTIFIED
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    print(table(plan, laws, arguments.throughput))
-    if path is not None:
-        print(f"\n{path}\npython launch/pretrain.py {path}")
+    print(text)
+    if paths:
+        print()
+    for path in paths:
+        print(f"python launch/pretrain.py {path}")
     return FINISHED
 
 
-def checked(arguments: argparse.Namespace):
+def planned(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
+    """The plan, or the next runs, as text, and the files that were written. ValueError for bad input, `Unidentified`
+    where the laws do not tell it."""
+    from launch.auto import open_laws
+    from launch.next_runs import design
+    from launch.plan_report import next_table, table, write, write_next
+    from launch.planning import make_plan, open_preset
+
+    target, machine = checked(arguments)
+    laws = open_laws(arguments.laws)
+    preset = open_preset(arguments.config, arguments.overrides) if arguments.config else None
+    folder = None if arguments.out is None else Path(arguments.out)
+    if arguments.next is not None:
+        budget = amount("budget", arguments.budget)
+        runs = design(laws, target, preset, machine, arguments.next, budget)
+        return next_table(runs, laws, budget), write_next(runs, laws, folder) if folder else []
+    plan = make_plan(laws, target, preset, machine, arguments.far)
+    return table(plan, laws, arguments.throughput), [write(plan, laws, folder)] if folder else []
+
+
+def checked(arguments: argparse.Namespace) -> "tuple[Target, Machine]":
     """The target and the machine. ValueError for what does not go together."""
     from launch.planning import Machine, Target
 
@@ -83,6 +107,8 @@ def checked(arguments: argparse.Namespace):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value:g} is not positive")
+    if (arguments.next is None) != (arguments.budget is None):
+        raise ValueError("--next K and --budget FLOPS belong together")
     target = Target(*(amount(name, getattr(arguments, name)) for name in ("compute", "params", "tokens")))
     return target, Machine(arguments.world_size, arguments.device_memory)
 

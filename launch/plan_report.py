@@ -3,8 +3,9 @@
 import io
 import math
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.table import Table
 
 from launch.auto import Laws, describe
 from launch.config import validated
+from launch.growth_config import RunConfiguration
+from launch.next_runs import NextRun
 from launch.planning import Plan
 from runtime.model.counts import count, flops_per_token
 from runtime.observe.run_directory import write_atomically
@@ -38,33 +41,82 @@ def table(plan: Plan, laws: Laws, throughput: float | None = None) -> str:
         grid.add_row(
             label, f"{estimate.value:.4g}", _interval(estimate), f"{flat.low:.4g} to {flat.high:.4g}" if flat else ""
         )
-    console = Console(file=io.StringIO(), width=110, color_system=None)
-    console.print(f"By {laws.name}\n", markup=False, highlight=False)
-    console.print(grid)
     lines = ["", *_costs(plan)]
     if plan.config is not None:
         lines += ["", *_run(plan, throughput)]
     elif throughput is not None:
         lines.append(_days(plan.decision.proposal["D"].value, throughput))
     lines += [f"warning: {each.message}" for each in plan.decision.verdicts]
-    text = console.file.getvalue() + "\n".join(lines)
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    return "\n".join([f"By {laws.name}\n", _text(grid), *lines])
 
 
 def write(plan: Plan, laws: Laws, folder: Path) -> Path:
     """Write the configuration of a plan into a folder, under its name. ValueError if there is another of that name, or
     it cannot be written."""
-    path = folder / f"{plan.config.run.name}.toml"
-    text = "".join(f"# {line}".rstrip() + "\n" for line in _comments(plan, laws)) + "\n" + tomli_w.dumps(plan.raw)
-    again = validated(tomllib.loads(text), (), path)
-    assert again == plan.config, "a plan is read back as it was made"
-    try:
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path} is there, and another plan; move it away, or give another --out")
-        write_atomically(path, text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot write {path}: {error}") from None
-    return path
+    return _write_all([_file(folder, plan.config, plan.raw, _comments(plan, laws))])[0]
+
+
+def write_next(runs: Sequence[NextRun], laws: Laws, folder: Path) -> list[Path]:
+    """The same for each of the next runs; all of them or none."""
+    return _write_all([_file(folder, run.config, run.raw, _next_comments(run, laws)) for run in runs])
+
+
+def next_table(runs: Sequence[NextRun], laws: Laws, budget: float) -> str:
+    """The next runs in the order of choice, as text."""
+    if not runs:
+        return f"By {laws.name}: no run of at most {budget:.4g} FLOPs would reduce the expected regret"
+    grid = Table(box=None, pad_edge=False, header_style="")
+    for heading in ("", "parameters", "tokens", "lr", "batch, tokens", "FLOPs", "regret after"):
+        grid.add_column(heading, justify="right")
+    for number, each in enumerate(runs, 1):
+        run = each.proposal
+        numbers = (f"{value:.4g}" for value in (run.N, run.D, run.lr, run.batch_tokens, run.flops))
+        grid.add_row(f"{number}", *numbers, f"{run.regret_after:.3%}")
+    spent = math.fsum(each.proposal.flops for each in runs)
+    below = f"{spent:.4g} of {budget:.4g} FLOPs; expected regret at the target now {runs[0].proposal.regret_before:.3%}"
+    return f"By {laws.name}\n\n{_text(grid)}\n{below}"
+
+
+def _text(grid: Table) -> str:
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    console.print(grid)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _file(folder: Path, config: RunConfiguration, raw: dict[str, Any], comments: Iterable[str]) -> tuple[Path, str]:
+    """Path and text of a configuration, which is read back as it was made."""
+    lines = ("".join(letter if letter.isprintable() else "?" for letter in line) for line in comments)
+    path = folder / f"{config.run.name}.toml"
+    text = "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n" + tomli_w.dumps(raw)
+    assert validated(tomllib.loads(text), (), path) == config
+    return path, text
+
+
+def _write_all(files: Sequence[tuple[Path, str]]) -> list[Path]:
+    """Write what is not there yet. ValueError, before any is written, where something else is there."""
+    for path, text in files:
+        try:
+            there = path.read_text(encoding="utf-8") if path.exists() else text
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {path}: {error}") from None
+        if there != text:
+            raise ValueError(f"{path} is there, and is another plan; move it away, or give another --out")
+    for path, text in files:
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    return [path for path, _ in files]
+
+
+def _next_comments(run: NextRun, laws: Laws) -> list[str]:
+    each = run.proposal
+    return [
+        f"Planned by launch/plan.py --next from {laws.name}: run {run.number} of {run.count}.",
+        f"N = {each.N:.4g} ({run.size}), D = {each.D:.4g}, lr = {each.lr:.4g}, batch = {each.batch_tokens:.4g} tokens.",
+        f"The expected regret at the target falls from {each.regret_before:.4%} to {each.regret_after:.4%}.",
+        *(f"warning: {note}" for note in run.notes),
+    ]
 
 
 def _proposed(plan: Plan) -> Iterator[tuple[str, Estimate]]:
@@ -135,4 +187,4 @@ def _comments(plan: Plan, laws: Laws) -> list[str]:
         plateau = f"; plateau {flat.low:.4g} to {flat.high:.4g}" if flat else ""
         lines.append(f"{NAMES[name]}: {estimate.value:.4g}, 95 % interval {_interval(estimate)}{plateau}")
     lines += [f"warning: {each.message}" for each in plan.decision.verdicts]
-    return ["".join(letter if letter.isprintable() else "?" for letter in line) for line in lines]
+    return lines

@@ -12,6 +12,7 @@ from launch.auto import Laws, columns_of, round_batch, round_rate
 from launch.config import read, validated
 from launch.growth_config import RunConfiguration
 from launch.shapes import Family
+from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.observe.dry_run import supposed_device
 from runtime.observe.memory import estimate
@@ -21,6 +22,7 @@ from scaling.proposal import FLOPS, allocate, extrapolation, reach, value_at
 from scaling.results import Decision, Estimate, Fit, Plateau, Verdict
 
 QUANTITIES = ("loss", "batch_tokens", "lr")
+SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
 SIZES = ("total", "non_embedding", "active")
 MOST_TENSOR = 8
 """Tensor-parallel degree that is tried: the devices of a usual machine."""
@@ -205,27 +207,35 @@ def _shaped(
     tokens = found.proposal["D"].value
     if target.compute is not None and target.tokens is None:
         tokens = target.compute / flops_per_token(model, seq_len)  # of this shape exactly
-    raw = deepcopy(preset.raw)
-    raw["model"] |= {
-        key: getattr(model, key)
-        for key in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-    }
-    raw["schedule"]["horizon"] = max(1, round(tokens))
-    if tensor > 1 or "tensor" in raw.get("parallel", {}):
-        raw.setdefault("parallel", {})["tensor"] = tensor
-    config = _checked(raw)
+    raw = draft(preset, model, tokens, tensor)
+    config = checked(raw)
     known = {name: each for name, each in columns_of(config).items() if not name.startswith(("lr", "batch"))}
     decision = decide(laws, fits, found, known, far)
     if "batch_tokens" in fits:
         raw["batch"]["sequences"] = round_batch(decision.proposal["batch_tokens"].value, config, machine.world_size)
     batch_tokens = raw["batch"]["sequences"] * seq_len
     decision = _at_batch(decision, decide(laws, fits, found, known | {"batch_tokens": batch_tokens}, far), batch_tokens)
-    raw["schedule"]["horizon"] = max(1, round(tokens / batch_tokens)) * batch_tokens
+    raw["schedule"]["horizon"] = whole_steps(tokens, batch_tokens)
     if "lr" in fits:
         raw["optim"]["lr"] = round_rate(decision.proposal["lr"].value)
-    raw["run"]["name"] = f"{raw['run']['name']}-{_short(getattr(count(model), size))}-{_short(tokens)}"
+    raw["run"]["name"] += f"-{short(getattr(count(model), size))}-{short(tokens)}"
     held = _held(raw, machine)
-    return None if held is None else Plan(decision, fits, size, held[0], _checked(held[0]), held[1])
+    return None if held is None else Plan(decision, fits, size, held[0], checked(held[0]), held[1])
+
+
+def draft(preset: Preset, model: ModelConfig, tokens: float, tensor: int) -> dict[str, Any]:
+    """The preset's sections with another shape, length and tensor-parallel degree."""
+    raw = deepcopy(preset.raw)
+    raw["model"] |= {key: getattr(model, key) for key in SHAPE}
+    raw["schedule"]["horizon"] = max(1, round(tokens))
+    if tensor > 1 or "tensor" in raw.get("parallel", {}):
+        raw.setdefault("parallel", {})["tensor"] = tensor
+    return raw
+
+
+def whole_steps(tokens: float, batch_tokens: int) -> int:
+    """Tokens of about so many in whole batches."""
+    return max(1, round(tokens / batch_tokens)) * batch_tokens
 
 
 def _at_batch(best: Decision, given: Decision, batch_tokens: int) -> Decision:
@@ -241,7 +251,7 @@ def _at_batch(best: Decision, given: Decision, batch_tokens: int) -> Decision:
     return replace(best, proposal={**best.proposal, **moved}, plateau=plateaus, verdicts=verdicts)
 
 
-def _checked(raw: Mapping[str, Any]) -> RunConfiguration:
+def checked(raw: Mapping[str, Any]) -> RunConfiguration:
     """The configuration that raw sections mean; they stay as they are."""
     return validated(deepcopy(dict(raw)), (), "the plan")
 
@@ -258,7 +268,7 @@ def _degrees(preset: Preset, machine: Machine) -> Iterator[int]:
 def _held(raw: dict[str, Any], machine: Machine) -> tuple[dict[str, Any], int | None] | None:
     """The run with the recomputation and micro-batch that the machine can hold, the fastest first, and the bytes that a
     device needs; None where it holds none. ValueError for a layout that cannot be."""
-    config = _checked(raw)
+    config = checked(raw)
     share = _share(config, machine)
     first = min(config.batch.micro_sequences or share, share)
     if machine.memory_gib is None:
@@ -292,7 +302,7 @@ def _share(config: RunConfiguration, machine: Machine) -> int:
 
 def _needed(raw: Mapping[str, Any], machine: Machine) -> int:
     """Bytes of the fullest device in a step."""
-    config = _checked(raw)
+    config = checked(raw)
     layout = plan_layout(config.parallel, machine.world_size, config.model, config.data.seq_len, *config.batches.sizes)
     return estimate(config, layout, device_type=supposed_device(config, machine.world_size)).total
 
@@ -306,7 +316,7 @@ def _with(raw: Mapping[str, Any], recompute: str, micro: int | None) -> dict[str
     return changed
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """A number for a name, such as 1.4T or 350M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= 0.9995 * size:

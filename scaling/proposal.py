@@ -69,12 +69,11 @@ def allocate(
         at_edge = float(np.mean(~inside))
     tokens = np.log(compute / flops_per_token(np.exp(np.concatenate([best, draws]))))
     known = len(loss.draws) > 0
-    within = log_n[np.log(loss.predict(x)) - lowest[0] <= np.log1p(COST)]
     return Allocation(
         _estimate(chosen, draws if known else None),
         _estimate(tokens[0], tokens[1:] if known else None),
         float(np.exp(lowest[0])),
-        Plateau(float(np.exp(within.min(initial=chosen))), float(np.exp(within.max(initial=chosen))), COST),
+        _plateau(log_n, np.log(loss.predict(x)) - lowest[0], chosen),
         regret,
         at_edge,
     )
@@ -99,6 +98,19 @@ def _minimum(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     shift = np.where(inside & (bend > 0), (left - right) / (2 * np.where(bend > 0, bend, 1.0)), 0.0)
     value = np.where(inside, centre - (left - right) * shift / 4, y[rows, lowest])
     return np.where(inside, x[middle] + shift * (x[1] - x[0]), x[lowest]), value, inside
+
+
+def _plateau(x: np.ndarray, excess: np.ndarray, lowest: float) -> Plateau:
+    """From where to where the excess of ln loss along x, which is lowest at `lowest`, stays below the cost."""
+    limit = np.log1p(COST)
+    x, excess = np.insert(x, at := np.searchsorted(x, lowest), lowest), np.insert(excess, at, 0.0)
+    below, above = np.flatnonzero(excess[:at] > limit), at + np.flatnonzero(excess[at:] > limit)
+    low, high = x[0], x[-1]
+    if len(below):
+        low = np.interp(-limit, -excess[[below[-1], below[-1] + 1]], x[[below[-1], below[-1] + 1]])
+    if len(above):
+        high = np.interp(limit, excess[[above[0] - 1, above[0]]], x[[above[0] - 1, above[0]]])
+    return Plateau(float(np.exp(low)), float(np.exp(high)), COST)
 
 
 def value_at(fit: Fit, known: Mapping[str, float]) -> Estimate:

@@ -1,0 +1,75 @@
+"""The next runs of a grid of learning rates and batches, each as a configuration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from launch.auto import FileLaws, Laws, round_batch, round_rate
+from launch.growth_config import RunConfiguration
+from launch.planning import Machine, Preset, Target, checked, draft, refuse_unidentified, short, sizes, whole_steps
+from launch.shapes import Family
+from runtime.model.counts import count as counted
+from scaling.columns import DIVERGED, RUNNING
+from scaling.design import Proposal, next_runs
+from scaling.proposal import FLOPS
+
+MOST_APART = 0.02
+"""Of ln N: a shape further from the size that was asked for is another cell of the grid."""
+
+
+@dataclass(frozen=True)
+class NextRun:
+    """A run that was chosen, and its configuration if there is a preset."""
+
+    proposal: Proposal
+    number: int
+    count: int
+    size: str
+    """The count that N is."""
+    raw: dict[str, Any] | None = None
+    config: RunConfiguration | None = None
+    notes: tuple[str, ...] = ()
+
+
+def design(
+    laws: Laws, target: Target, preset: Preset | None, machine: Machine, count: int, budget: float
+) -> list[NextRun]:
+    """Up to `count` runs of at most `budget` FLOPs together that reduce the expected regret at the target most.
+
+    Laws of learning rate and batch need not be identified: that is what the runs are for. ValueError for bad input,
+    `Unidentified` where the compute is to be split by a loss law that is not identified.
+    """
+    if not isinstance(laws, FileLaws):
+        raise ValueError(f"--next needs the runs that a laws file keeps, and {laws.name} is a publication")
+    fits = {"loss": fit} if (fit := laws.best("loss")) is not None else {}
+    if target.params is None and target.tokens is None:
+        refuse_unidentified(fits)
+    known = next((fit for name in ("lr", "batch_tokens", "loss") if (fit := laws.best(name)) is not None), None)
+    size = known.size if known else "non_embedding"
+    family = Family(preset.config.model, preset.config.parallel.tensor) if preset else None
+    flops_of = family.flops_per_token(size, preset.config.data.seq_len) if family else lambda wanted: FLOPS * wanted
+    found = sizes(fits, target, flops_of).proposal
+    table = laws.analysis.table
+    status = table.frame["status"] if "status" in table.frame else np.full(len(table), None)
+    rows = table.where(laws.analysis.used | np.isin(np.array(status, dtype=object), (DIVERGED, RUNNING)))
+    chosen = next_runs(rows, size, [(found["N"].value, found["D"].value)], count=count, budget_flops=budget)
+    runs = [NextRun(each, number, len(chosen), size) for number, each in enumerate(chosen, 1)]
+    return [_configured(run, preset, family, machine) for run in runs] if preset else runs
+
+
+def _configured(run: NextRun, preset: Preset, family: Family, machine: Machine) -> NextRun:
+    """The run with its configuration: the nearest shape, and the batch that the mesh carries."""
+    each, notes = run.proposal, []
+    model = family.nearest(run.size, each.N)
+    have = getattr(counted(model), run.size)
+    if abs(np.log(have / each.N)) > MOST_APART:
+        notes.append(f"the nearest shape of the preset's family has {have:,} {run.size} parameters")
+    raw = draft(preset, model, each.D, preset.config.parallel.tensor)
+    sequences = round_batch(each.batch_tokens, checked(raw), machine.world_size)
+    if not 2 / 3 < sequences * preset.config.data.seq_len / each.batch_tokens < 3 / 2:
+        notes.append(f"the mesh carries batches of {sequences:,} sequences")
+    raw["batch"]["sequences"], raw["optim"]["lr"] = sequences, round_rate(each.lr)
+    raw["schedule"]["horizon"] = whole_steps(each.D, sequences * preset.config.data.seq_len)
+    raw["run"]["name"] += f"-next-{run.number}-{short(have)}-{short(each.D)}"
+    return NextRun(each, run.number, run.count, run.size, raw, checked(raw), tuple(notes))
