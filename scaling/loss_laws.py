@@ -1,6 +1,6 @@
 """The laws of loss of a table: the one that tells held-out runs best, and the next; or those that are asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,8 @@ from scaling.table import RunTable, column_of
 
 COMPARED = 3
 """Laws that are fitted where none is asked for: the chosen one, and the next by held-out error."""
+KEPT = ("total", "non_embedding", "active", "lr", "batch_tokens", "seed")
+"""What is equal along a run."""
 FEWER = 200
 """Replicates of those that were not chosen."""
 
@@ -145,10 +147,27 @@ def fit_rows(runs: RunTable, law: Law, sizes: Sequence[str], replicates: int, se
 
 
 def clusters_of(runs: RunTable) -> np.ndarray:
-    """A number for each row, equal for rows of one run and of runs that continue one parent, (rows,)."""
-    names = [f"row {place}" for place in range(len(runs))]
-    for column in ("run", "parent"):
-        if runs.has(column):
-            told = runs.frame[column]
-            names = [name if pd.isna(each) else str(each) for name, each in zip(names, told, strict=True)]
-    return pd.factorize(np.array(names, dtype=object))[0]
+    """A number for each row, equal for checkpoints of one run and for runs that go on from one ancestor, (rows,).
+
+    Rows of one name are one run only if they are equal in what a run keeps: a name may be that of a family of runs.
+    """
+    if not runs.has("run"):
+        return np.arange(len(runs))
+    names = runs.frame["run"].astype(object).where(runs.frame["run"].notna(), None).tolist()
+    kept = [runs.numbers(name) for name in KEPT if runs.has(name)]
+    own = list(zip(names, *(each.tolist() for each in kept), strict=True))
+    first = {name: place for place, name in reversed(list(enumerate(names)))}
+    parents = runs.frame["parent"].tolist() if runs.has("parent") else [None] * len(runs)
+
+    def root(place: int) -> Hashable:
+        seen = {place}
+        while not pd.isna(parents[place]):
+            above = first.get(parents[place])
+            if above is None or above in seen:
+                return ("parent", parents[place])
+            place = above
+            seen.add(place)
+        return place if names[place] is None else tuple(str(each) for each in own[place])
+
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(root(place), len(number)) for place in range(len(runs))])

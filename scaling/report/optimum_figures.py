@@ -209,7 +209,7 @@ def plateau(analysis: Analysis) -> Figure | None:
     shown = [each for each in analysis.decisions if each.plateau][:4]
     if not shown:
         return None
-    names = [name for name in SETTINGS if any(name in each.plateau for each in shown)]
+    names = [name for name in ("N", *SETTINGS) if any(name in each.plateau for each in shown)]
     figure, axes = sheet(len(shown), len(names), 0.4 + 3.9 * len(names), 0.3 + 2.4 * len(shown))
     for row, decision in zip(axes, shown, strict=True):
         for axis, name in zip(row, names, strict=True):

@@ -138,8 +138,9 @@ def parameters(fit: Fit) -> Table:
 
 
 def counting(found: Sequence[HeldOut]) -> list[HeldOut]:
-    """Those that laws are chosen by: of the largest compute and N, as targets lie beyond; all where there are none."""
-    return [each for each in found if "largest" in each.split] or list(found)
+    """Those that laws are chosen by, which extrapolate as targets do: not those of sizes amid others, if there are
+    other ones."""
+    return [each for each in found if not each.split.startswith("without ")] or list(found)
 
 
 def quantity_of(found: HeldOut) -> str:

@@ -155,7 +155,14 @@ def test_what_all_runs_have_equal_holds_for_a_target_too():
     assert found == {"seq_len": 2048.0}
 
 
-def test_runs_that_continue_one_parent_are_one_cluster():
-    frame = pd.DataFrame({"run": ["a", "b", "c", "d"], "parent": [None, "a", "a", None], "loss": [1.0] * 4})
+def test_runs_that_go_on_from_one_ancestor_are_one_cluster():
+    frame = pd.DataFrame(
+        {"run": ["a", "b", "c", "d", "e"], "parent": [None, "a", "b", None, "gone"], "loss": [1.0] * 5}
+    )
     found = clusters_of(RunTable(tidy(frame)))
-    assert found[0] == found[1] == found[2] != found[3]
+    assert found.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_rows_of_one_name_are_one_run_only_if_they_are_of_one_size():
+    frame = pd.DataFrame({"run": ["x"] * 4, "total": [1e8, 1e8, 2e8, 2e8], "tokens": [1e9, 2e9] * 2, "loss": [1.0] * 4})
+    assert clusters_of(RunTable(tidy(frame))).tolist() == [0, 0, 1, 1]
