@@ -63,5 +63,5 @@ def find(name: str) -> Law:
     if "=" in name:
         return parse(name)
     if name not in LAWS:
-        raise ValueError(f"law {name!r} is not known; accepted: {', '.join(sorted(LAWS))}")
+        raise ValueError(f"law {name!r} is not known; accepted: {', '.join(sorted(LAWS))}, or 'lr = ...'")
     return LAWS[name]

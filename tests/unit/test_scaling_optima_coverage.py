@@ -11,7 +11,7 @@ SCATTER = 0.08
 
 
 def covered(seed: int) -> dict[str, bool]:
-    """Whether each interval of one synthetic ladder, with outliers and cells whose optimum is cut off, has the truth."""
+    """Whether each interval of one ladder, with outliers and cells whose optimum is cut off, has the truth."""
     made = ladder(seed, scatter=SCATTER)
     bowls = find_bowls(made.table, "non_embedding")
     assert sum("lr" in bowl.censored for bowl in bowls) >= 1

@@ -20,7 +20,7 @@ LR, BATCH = find("step_law_lr"), find("step_law_batch")
 
 @pytest.fixture(scope="module")
 def scalebench() -> RunTable:
-    """41 cells, 60M to 1.07B parameters; the table's own 42nd, 1.07B x 100B, is in its test split, which is not here."""
+    """41 cells, 60M to 1.07B parameters; the 42nd, 1.07B x 100B tokens, is in its test split, which is not here."""
     frame = pd.read_parquet(published("scalebench/lr_bsz_train.parquet"))
     return RunTable(
         tidy(

@@ -67,7 +67,7 @@ def test_texts_are_read_as_arithmetic(text, values, expected):
 )
 def test_texts_that_are_no_law_are_refused(text, said):
     with pytest.raises(ValueError, match=said):
-        find(text)
+        parse(text)
 
 
 def test_columns_and_fixed_exponents_make_a_law():
