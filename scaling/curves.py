@@ -56,7 +56,8 @@ def final_loss(tokens: np.ndarray, loss: np.ndarray) -> FinalLoss:
     A line is fitted to the window with Huber's weights, so that spikes count little. What is reported is the mean level
     of the window plus the line's rise from there to its end, shrunk by 1 - 1/t^2, where t is the slope over its
     standard error: a flat end is averaged, a steep one followed. The errors take residuals as first-order
-    autoregressive. On synthetic ends 95 % intervals cover 90 to 97 %, and 80 % where a slope is barely seen.
+    autoregressive. On synthetic ends with spikes, 95 % intervals of windows of 100 rows cover 81 to 96 %, the least
+    where noise is correlated and the slope barely seen; those of 10 rows, too few to tell correlation, 70 to 94 %.
     """
     tokens, loss = np.asarray(tokens, dtype=float), np.asarray(loss, dtype=float)
     if not len(loss) or not np.isfinite(loss[-1]):
