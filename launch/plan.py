@@ -14,8 +14,6 @@ from runtime.resilience.exits import BAD_INPUT, FINISHED, UNIDENTIFIED
 if TYPE_CHECKING:
     from launch.planning import Machine, Target
 
-    pass
-
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(

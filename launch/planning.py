@@ -114,6 +114,10 @@ def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machin
         n, d = (found.proposal[name].value for name in "ND")
         known = dict.fromkeys(SIZES, n) | {"tokens": d, "flops_per_token": FLOPS * n}
         known |= {"flops": FLOPS * n * d, "flops_without_head": FLOPS * n * d}
+        if len({fit.size for fit in fits.values()}) > 1:
+            counts = ", ".join(f"{name} by {fit.size}" for name, fit in fits.items())
+            said = f"the laws count parameters differently ({counts}), and without --config they are taken as equal"
+            found = replace(found, verdicts=(*found.verdicts, Verdict("warning", "size", said)))
         return Plan(decide(laws, fits, found, known, far), fits, size)
     for tensor in _degrees(preset, machine):
         plan = _shaped(laws, fits, size, target, preset, machine, tensor, far)

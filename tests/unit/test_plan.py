@@ -1,4 +1,4 @@
-"""From laws to the next run: the optimum, the shape, what the machine holds, and the file that says where it is from."""
+"""From laws to the next run: the optimum, the shape, what the machine holds, and the file that says its sources."""
 
 import itertools
 import math
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from launch import main as verbs
 from launch import plan
+from launch.auto import open_laws
 from launch.config import compose
 from launch.planning import Machine, Target, make_plan, open_preset
 from launch.shapes import Family
@@ -28,6 +29,7 @@ from tests.fits import HOFFMANN, batch_fit, fit, loss_fit, rate_fit
 LLAMA = ModelConfig(
     num_layers=22, hidden_size=2048, intermediate_size=5632, num_heads=32, num_kv_heads=4, vocab_size=32000
 )
+ONE = Machine()
 SMALL = """
 [run]
 name = "small"
@@ -301,9 +303,7 @@ def test_a_law_of_the_batch_alone_leaves_the_rate_of_the_preset(tmp_path, preset
     assert found.config.optim.lr == 0.125
 
 
-def make_plan_of(path, target, preset, machine=Machine()):
-    from launch.auto import open_laws
-
+def make_plan_of(path, target, preset, machine=ONE):
     return make_plan(open_laws(path), target, preset, machine)
 
 
