@@ -161,7 +161,8 @@ def replay(runs: Runs, protocol: str, method: str, seed: int, spending: Sequence
         budget = share * setting.compute - pool.flops[taken].sum()
         left = np.flatnonzero(~taken)
         if len(left) and budget >= pool.flops[left].min():
-            taken[left[chooser(belief, pool.where(left), budget, generator)]] = True
+            fits_all = pool.flops[left].sum() <= budget
+            taken[left if fits_all else left[chooser(belief, pool.where(left), budget, generator)]] = True
             belief = learn(pool.where(taken), SIZE, start=belief)
         rows.append({"share": share, "spent": pool.flops[taken].sum() / setting.compute, "runs": int(taken.sum())})
         rows[-1] |= judge(belief, setting.judged)
@@ -207,7 +208,7 @@ def main() -> None:
         one = split(runs, protocol, 0)
         pool = one.pool.flops.sum() / one.compute
         print(
-            f"{protocol}: {len(one.pool)} runs to choose from, {pool:.1%} of the compute; {len(one.judged)} cells judged"
+            f"{protocol}: {len(one.pool)} runs in the pool, {pool:.1%} of the compute; {len(one.judged)} cells judged"
         )
         play = partial(replay, runs, protocol)
         rows = pd.concat([play(name, seed) for name in methods(()) for seed in range(options.seeds)], ignore_index=True)

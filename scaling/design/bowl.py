@@ -46,11 +46,12 @@ def linex(z: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def reach(value: np.ndarray | float, k: float, side: int) -> np.ndarray:
     """The z on this side of 0 (-1 or 1) where L(z, k) has a value."""
-    if abs(k) < 1e-3:
-        return side * np.sqrt(2 * np.asarray(value))
-    raised = 1 + k**2 * np.asarray(value)
+    value = np.asarray(value, dtype=float)
+    is_square = k**2 * value < 1e-6
+    raised = 1 + np.where(is_square, 1.0, k**2 * value)
     branch = -1 if side * k > 0 else 0
-    return (-raised - lambertw(-np.exp(-raised), branch).real) / k
+    curved = (-raised - lambertw(-np.exp(-raised), branch).real) / (k or 1.0)
+    return np.where(is_square, side * np.sqrt(2 * value), curved)
 
 
 def optimum(shared: np.ndarray, local: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,9 @@ from scaling.design.prior import alike, correlation, local_blocks
 from scaling.design.runs import Runs, cells_of, position
 from scaling.results import Decision, Estimate, Plateau, Verdict
 
-FAR = 0.01
-"""Excess of ln loss at which the misfit of the bowl is taken to equal the noise."""
+FAR = 0.004
+"""Excess of ln loss at which the misfit of the bowl is taken to equal the noise: twice the noise that is expected, fixed
+on the 24 cheapest cells of the Step Law grid. Residuals there double at 0.015, but runs of a cell share the misfit."""
 MARGIN = np.log(1.5)
 """Of ln lr, that is kept below the rates at which runs diverged."""
 PLATEAU = 1e-3
@@ -110,10 +111,10 @@ class Belief:
         The frontier is where the fewest runs are on its wrong side; infinite where no run diverged, or where those that
         did lie among more that did not.
         """
+        if not self.runs.diverged.any():
+            return np.inf
         places = self.place(self.runs)[:, 0]
         diverged, finished = places[self.runs.diverged], places[self.runs.measured]
-        if not len(diverged):
-            return np.inf
         wrong = [(finished >= at).sum() + (diverged < at).sum() for at in diverged]
         return float(diverged[np.argmin(wrong)] - MARGIN) if min(wrong) < len(diverged) else np.inf
 

@@ -82,16 +82,13 @@ def read(table: RunTable | pd.DataFrame, size: str) -> Runs:
 
 
 def cells_of(N: np.ndarray, D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cells of equal N and nearly equal D: their N and D (geometric mean), (m,) each, and each row's cell, (rows,)."""
+    """Cells of equal N and nearly equal D: their N and least D, (m,) each, and each row's cell, (rows,)."""
     order = np.lexsort((D, N))
-    starts = np.r_[True, (np.diff(N[order]) != 0) | (np.diff(np.log(D[order])) > SAME_TOKENS)] if len(N) else []
+    first = np.ones(len(N), dtype=bool)
+    first[1:] = (np.diff(N[order]) != 0) | (np.diff(np.log(D[order])) > SAME_TOKENS)
     cell = np.empty(len(N), dtype=int)
-    cell[order] = np.cumsum(starts) - 1
-    count = int(cell.max()) + 1 if len(N) else 0
-    size = np.zeros(count)
-    size[cell] = N
-    log_tokens = np.bincount(cell, np.log(D), count) / np.bincount(cell, minlength=count)
-    return size, np.round(np.exp(log_tokens)), cell
+    cell[order] = np.cumsum(first) - 1
+    return N[order][first], D[order][first], cell
 
 
 def position(N: np.ndarray, D: np.ndarray, among: Iterable[tuple[float, float]]) -> np.ndarray:
