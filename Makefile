@@ -8,10 +8,11 @@ export OMP_NUM_THREADS ?= 1
 # Test files run at a time; many of them start processes of their own.
 JOBS ?= 2
 
-.PHONY: help install quickstart test test-slow lint clean
+.PHONY: help install quickstart ladder-quickstart test test-slow lint clean
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small model on two processes"
+	@echo "make ladder-quickstart   a ladder of small models, its laws and a plan: half an hour on two cores"
 	@echo "make test         the tests a contributor waits for"
 	@echo "make test-slow    the long ones too"
 	@echo "make lint         ruff and the import contracts"
@@ -30,6 +31,9 @@ data/quickstart/preparation.json: | $(VENV)/.installed
 
 quickstart: data/quickstart/preparation.json
 	$(BIN)/torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.toml
+
+ladder-quickstart: data/quickstart/preparation.json
+	$(BIN)/python launch/sweep.py configs/ladder-quickstart.toml --jobs 2
 
 # A file's tests share what it has built, so files are what workers take; those that start processes come first.
 test: $(VENV)/.installed

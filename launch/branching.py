@@ -134,6 +134,7 @@ def branched(parent: Parent, anneal: Anneal, name: str | None, overrides: Sequen
     raw["run"].pop("until", None)
     raw["schedule"]["branch"] = {"at": at, "decay": length, "tail": anneal.tail, "final": anneal.final}
     raw["start"] = {"from": parent.checkpoint, "carry": "all"}
+    raw["checkpoint"].pop("at", None)  # points of the parent's
     for section in CADENCES:
         raw[section]["every"] = min(raw[section]["every"], -(-length // MARKS))
     found = validated(raw, overrides, f"branch of {parent.checkpoint}")

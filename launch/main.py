@@ -9,6 +9,8 @@ VERBS = {
     "sample": "generate text from a checkpoint",
     "branch": "anneal stable checkpoints, in a fan of runs of their own",
     "merge": "average checkpoints of a run",
+    "sweep": "run a ladder of sizes, tokens, learning rates and batches",
+    "compare": "say what runs cost to the same loss",
     "grow": "make a checkpoint's model larger",
     "fit": "from runs to laws of loss, learning rate and batch, and what they propose",
     "sharpness": "measure the curvature of a checkpoint's loss, and the rates it is stable at",

@@ -99,6 +99,8 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     keep_every: Span | None = None
     """Also keep, for good, the first checkpoint at or past each multiple of this many tokens."""
+    at: list[Span] = []
+    """Also save at the first step boundary at or past each of these tokens, and keep it for good."""
     dir: str | None = None
     """A folder or fsspec URL that holds checkpoints of many runs, each under its name; by default they lie in the run
     directory."""

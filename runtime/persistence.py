@@ -58,7 +58,8 @@ class Persistence:
         asynchronous = self._config.checkpoint.asynchronous and not wait
         self.store.save(name, self.tensors(), description, asynchronous=asynchronous)
         if retain:
-            self.store.retain(self._config.checkpoint.keep_last, self._config.checkpoint.keep_every)
+            section = self._config.checkpoint
+            self.store.retain(section.keep_last, section.keep_every, section.at)
 
     def load(self, name: str) -> TrainState:
         """Restore everything from one of this run's own checkpoints; a collective."""

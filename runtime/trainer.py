@@ -90,7 +90,7 @@ class Trainer:
                 outcome = self.halted()
                 break
             outcome = self.report_if_due() or self.halted()
-            if outcome is None and (self.at_end() or self.is_due(self.config.checkpoint.every)):
+            if outcome is None and (self.at_end() or self.checkpoint_is_due()):
                 self.save()
             if outcome is None and not self.evaluate_if_due():
                 outcome = self.halted()
@@ -223,12 +223,18 @@ class Trainer:
         after = self.state.clock.tokens
         return is_due(every, after - self.state.batch_tokens, after)
 
+    def checkpoint_is_due(self) -> bool:
+        """By the cadence, or by one of the points that are named."""
+        after, checkpoint = self.state.clock.tokens, self.config.checkpoint
+        before = after - self.state.batch_tokens
+        return self.is_due(checkpoint.every) or any(before < each <= after for each in checkpoint.at)
+
     def report_if_due(self) -> Outcome | None:
         """Read the device at the logging cadence, and act on too many skipped steps in a row."""
         step = self.state.clock.step
         log = step % self.config.observe.log_every == 0 or step == 1 or self.at_end() or self.is_grown_up()
         # A checkpoint holds the count of skipped steps, and a controller asks for the noise: they are read before.
-        if not (log or self.is_due(self.config.checkpoint.every) or self.control_is_due()):
+        if not (log or self.checkpoint_is_due() or self.control_is_due()):
             return None
         self.persistence.store.poll()
         spike = self.reporter.read(self.state, log=log)

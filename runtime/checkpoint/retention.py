@@ -33,9 +33,10 @@ def by_age(names: Iterable[str]) -> list[str]:
     return [str(position) for position in sorted(filter(None, map(parse, names)))]
 
 
-def kept(names: Iterable[str], keep_last: int, keep_every: int | None) -> set[str]:
+def kept(names: Iterable[str], keep_last: int, keep_every: int | None, keep_at: Iterable[int] = ()) -> set[str]:
     """The names that stay: the last `keep_last` points of the run, and for each multiple of `keep_every` tokens
-    (zero is none) the first point at or past it. Of a point saved more than once only the last revision counts.
+    (zero is none) and each of `keep_at` the first point at or past it. Of a point saved more than once only the last
+    revision counts.
     """
     latest = {(position.tokens, position.segment): position for position in map(parse, by_age(names)) if position}
     positions = list(latest.values())
@@ -43,4 +44,5 @@ def kept(names: Iterable[str], keep_last: int, keep_every: int | None) -> set[st
     for position in positions if keep_every else []:
         milestones.setdefault(position.tokens // keep_every, position)
     milestones.pop(0, None)
-    return {str(position) for position in [*positions[-keep_last:], *milestones.values()]}
+    named = [next((each for each in positions if each.tokens >= tokens), None) for tokens in keep_at]
+    return {str(each) for each in [*positions[-keep_last:], *milestones.values(), *filter(None, named)]}

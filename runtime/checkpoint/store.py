@@ -108,14 +108,14 @@ class CheckpointStore:
         if not asynchronous:
             self.wait()
 
-    def retain(self, keep_last: int, keep_every: int | None = None) -> None:
+    def retain(self, keep_last: int, keep_every: int | None = None, keep_at: Sequence[int] = ()) -> None:
         """Remove old checkpoints in the background, after the save in flight.
 
-        Kept are the last `keep_last`, for each multiple of `keep_every` tokens the first at or past it, pinned
-        ones, and in any case the newest intact one: the newest is read back before anything is removed.
+        Kept are the last `keep_last`, for each multiple of `keep_every` tokens and each of `keep_at` the first at or
+        past it, pinned ones, and in any case the newest intact one: the newest is read back before anything is removed.
         """
         assert not self._read_only and keep_last > 0
-        self._submit("retention", partial(self._retain, keep_last, keep_every))
+        self._submit("retention", partial(self._retain, keep_last, keep_every, tuple(keep_at)))
 
     def wait(self) -> bool:
         """Wait for the background work, report what it did, and tell whether the last save succeeded."""
@@ -281,10 +281,10 @@ class CheckpointStore:
             stream.write(text.encode())
         return checksum.record()
 
-    def _retain(self, keep_last: int, keep_every: int | None) -> None:
+    def _retain(self, keep_last: int, keep_every: int | None, keep_at: Sequence[int]) -> None:
         self._enter("finalizing")
         names, pinned = self._ranks.broadcast(self._list_with_pins)
-        old = set(names) - retention.kept(names, keep_last, keep_every) - pinned
+        old = set(names) - retention.kept(names, keep_last, keep_every, keep_at) - pinned
         if not old:
             return
         for name in reversed(names):

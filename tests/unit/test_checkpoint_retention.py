@@ -55,6 +55,20 @@ def test_the_last_and_the_first_past_each_multiple_stay(tokens, keep_last, keep_
     assert by_age(kept(names(*tokens), keep_last, keep_every)) == names(*stay)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "keep_at", "stay"),
+    [
+        ([10, 20, 30, 40], [20], [20, 40]),
+        ([10, 20, 30, 40], [15, 20], [20, 40]),
+        ([10, 20, 30, 40], [5, 25], [10, 30, 40]),
+        ([10, 20, 30, 40], [50], [40]),
+        ([], [5], []),
+    ],
+)
+def test_the_first_past_each_named_point_stays(tokens, keep_at, stay):
+    assert by_age(kept(names(*tokens), 1, None, keep_at)) == names(*stay)
+
+
 def test_of_a_point_saved_again_only_the_last_revision_stays():
     again = ["tokens-20-segment-0-revision-1", "tokens-20-segment-0-revision-2"]
     assert kept([*names(10, 20), *again, *names(30)], 2, None) == {again[1], *names(30)}

@@ -14,10 +14,13 @@ from pydantic import BaseModel
 from growth.operator import find, names
 from launch.config import compose
 from launch.growth_config import RunConfiguration as Config
+from launch.ladder import laid_over, read_ladder
+from launch.ladder_runs import plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-PRESETS = sorted(ROOT.glob("configs/*.toml"))
+LADDERS = sorted(ROOT.glob("configs/ladder-*.toml"))
+PRESETS = sorted({*ROOT.glob("configs/*.toml")} - {*LADDERS})
 DERIVED = {"model.num_kv_heads": "`model.num_heads`", "model.head_dim": "`model.hidden_size / model.num_heads`"}
 """Keys that the schema requires, and whose absence its validator fills."""
 OTHERS = {
@@ -131,6 +134,14 @@ def test_presets_compose(preset, monkeypatch):
     config = compose(preset, ["model.vocab_size=32768"])
     assert config.run.name == preset.stem
     assert any(ids(preset) in page.read_text() for page in PAGES)
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=ids)
+def test_ladders_come_to_runs(ladder):
+    known, base = read_ladder(ladder)
+    runs = plan(known, laid_over(base, {"model": {"vocab_size": 4096}}), ladder)
+    assert known.name == ladder.stem and len(runs) > 1
+    assert any(ids(ladder) in page.read_text() for page in PAGES)
 
 
 def test_every_command_of_a_preset_s_head_is_one_of_ours():
