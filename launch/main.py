@@ -12,6 +12,7 @@ VERBS = {
     "sweep": "run a ladder of sizes, tokens, learning rates and batches",
     "compare": "say what runs cost to the same loss",
     "grow": "make a checkpoint's model larger",
+    "fit": "from runs to laws of loss, learning rate and batch, and what they propose",
     "sharpness": "measure the curvature of a checkpoint's loss, and the rates it is stable at",
     "plan": "say what laws propose for a run to come, and write its configuration",
     "explain": "say what a configuration comes to",

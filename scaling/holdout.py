@@ -117,7 +117,7 @@ def held_out(
         half_width = _half_width(jacobian[0][:, free], target - log[0], split)
         errors = np.exp(log[0] - target)[split.test] - 1
         inside = np.abs(log[0] - target)[split.test] <= half_width
-        results[split.name] = measures(law.name, candidate.size, split, errors, float(inside.mean())), errors
+        results[split.name] = measures(law.name, candidate.size, split, errors, float(inside.mean()), y), errors
     return results
 
 
@@ -145,18 +145,20 @@ def baselines(
         for split in splits:
             if split.name in by_split:
                 errors = (by_split[split.name] / y)[split.test] - 1
-                measured = measures(name, "", split, errors, float("nan"))
+                measured = measures(name, "", split, errors, float("nan"), y)
                 results.setdefault(name, {})[split.name] = measured, errors
     return results
 
 
-def measures(law: str, size: str, split: Split, errors: np.ndarray, coverage: float) -> HeldOut:
-    """Of predicted / measured - 1 of the tested rows. The standard error of one row is its error."""
+def measures(law: str, size: str, split: Split, errors: np.ndarray, coverage: float, y: np.ndarray) -> HeldOut:
+    """Of predicted / measured - 1 of the tested rows, and the loss y of all rows. The standard error of one row is its
+    error."""
+    measured = y[split.test]
     absolute = np.abs(errors)
     se = absolute.std(ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else absolute[0]
     return HeldOut(
         law, size, split.name, int(split.train.sum()), len(errors), float(absolute.mean()), float(se),
-        float(errors.mean()), coverage,
+        float(errors.mean()), coverage, tuple(measured.tolist()), tuple((measured * (1 + errors)).tolist()),
     )  # fmt: skip
 
 

@@ -142,6 +142,9 @@ class HeldOut:
     """Mean of predicted / measured - 1."""
     coverage: float
     """Share of measurements within their 95 % prediction intervals; NaN for a baseline."""
+    measured: tuple[float, ...] = ()
+    """Of each held-out row, for a plot."""
+    predicted: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,9 @@ class Analysis:
     """Approaches 1 and 2: exponents of N and D in C, and the points they rest on, as JSON."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Command, versions, time, fingerprints, options."""
+    fitted: tuple[int, ...] = ()
+    """The rows that loss laws were fitted to, by number, where these are fewer than the used ones: the best run of each
+    cell of a grid of lr and batch."""
 
     def best(self, quantity: str) -> Fit | None:
         """The first fit of a quantity, which is the chosen one."""

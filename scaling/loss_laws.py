@@ -1,0 +1,173 @@
+"""The laws of loss of a table: the one that tells held-out runs best, and the next; or those that are asked for."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from scaling.candidates import find_candidates, with_defaults
+from scaling.fitting import fit
+from scaling.inputs import of_rows
+from scaling.laws import LAWS, find
+from scaling.laws.law import Law
+from scaling.results import Fit, HeldOut, Verdict
+from scaling.selection import Choice, choose
+from scaling.table import RunTable, column_of
+
+COMPARED = 3
+"""Laws that are fitted where none is asked for: the chosen one, and the next by held-out error."""
+KEPT = ("total", "non_embedding", "active", "lr", "batch_tokens", "seed")
+"""What is equal along a run."""
+FEWER = 200
+"""Replicates of those that were not chosen."""
+
+
+@dataclass(frozen=True)
+class LossLaws:
+    fits: tuple[Fit, ...] = ()
+    """The chosen one first."""
+    held_out: tuple[HeldOut, ...] = ()
+    """The best first."""
+    verdicts: tuple[Verdict, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Pick:
+    law: str
+    size: str
+    fixed: Mapping[str, float]
+
+
+def fit_losses(
+    table: RunTable, rows: np.ndarray, asked: Sequence[Law], sizes: Sequence[str], replicates: int, seed: int
+) -> LossLaws:
+    """Laws of loss for these rows, (rows,) of bool. ValueError for a law that is asked for and whose columns are not
+    there; whatever else cannot be told is said in a verdict."""
+    asked = [law for law in asked if law.quantity == "loss"]
+    named = [law.name for law in asked if law.name in LAWS]
+    picks: list[_Pick] = []
+    choice: Choice | None = None
+    said: tuple[Verdict, ...] = ()
+    if named or not asked:
+        try:
+            choice = choose(table, rows, laws=named or None, sizes=sizes, seed=seed)
+            picks = _picks(choice, bool(named))
+        except ValueError as error:
+            said = (Verdict("warning", "no_hold_out", f"laws of loss cannot be compared: {error}"),)
+            picks = _simplest(table, rows, named, sizes)
+    compared = rows if choice is None else choice.rows
+    fits = [
+        _fit(table.where(compared), pick, replicates if not place or named else min(replicates, FEWER), seed)
+        for place, pick in enumerate(picks)
+    ]
+    if choice is not None:
+        fits[0] = replace(fits[0], verdicts=(*fits[0].verdicts, *choice.verdicts))
+    there = {each.law for each in fits}
+    fits += [fit_rows(table.where(rows), law, sizes, replicates, seed) for law in asked if law.name not in there]
+    return LossLaws(tuple(fits), _ordered(choice), said)
+
+
+def _picks(choice: Choice, is_asked: bool) -> list[_Pick]:
+    """The chosen law, then the others by their error: all that were asked for, or the next few."""
+    found = {choice.law: _Pick(choice.law, choice.size, choice.fixed)}
+    for each in choice.ranked:
+        if not each.is_baseline:
+            found.setdefault(each.law, _Pick(each.law, each.size, each.fixed))
+    return list(found.values())[: None if is_asked else COMPARED]
+
+
+def _simplest(table: RunTable, rows: np.ndarray, named: Sequence[str], sizes: Sequence[str]) -> list[_Pick]:
+    """Where nothing can be held out: the laws that can be fitted, that of fewest parameters first."""
+    try:
+        _, found, _ = find_candidates(table, rows, laws=named or None, sizes=sizes)
+    except ValueError:
+        return []
+    first = {each.law.name: each for each in sorted(found, key=lambda each: -each.free)}
+    ordered = sorted(first.values(), key=lambda each: each.free)
+    return [_Pick(each.law.name, each.size, each.fixed) for each in ordered][: None if named else COMPARED]
+
+
+def _ordered(choice: Choice | None) -> tuple[HeldOut, ...]:
+    """The measures of the best law first."""
+    if choice is None:
+        return ()
+    rank = {(each.law, each.size): place for place, each in enumerate(choice.ranked)}
+    rank[choice.law, choice.size] = -1
+    return tuple(sorted(choice.held_out, key=lambda each: rank[each.law, each.size]))
+
+
+def _fit(runs: RunTable, pick: _Pick, replicates: int, seed: int) -> Fit:
+    x = with_defaults(runs, pick.size)
+    law = find(pick.law)
+    return fit(
+        law,
+        {symbol: x[symbol] for symbol in law.inputs},
+        runs.numbers("loss"),
+        size=pick.size,
+        clusters=clusters_of(runs),
+        replicates=replicates,
+        seed=seed,
+        fixed=pick.fixed,
+        flops=x["C"] if np.isfinite(x["C"]).all() else None,
+    )
+
+
+def fit_rows(runs: RunTable, law: Law, sizes: Sequence[str], replicates: int, seed: int) -> Fit:
+    """Any law to the rows that know its inputs and its quantity, each row a measurement of it.
+
+    ValueError where a column is not there.
+    """
+    size = next((each for each in sizes if runs.has(each)), sizes[0])
+    x = dict(of_rows(runs, law.inputs, size))
+    if law.quantity == "loss":
+        x |= {symbol: values for symbol, values in with_defaults(runs, size).items() if symbol in x}
+    columns = {column_of(symbol, size): values for symbol, values in x.items()}
+    columns[law.quantity] = runs.numbers(law.quantity) if law.quantity in runs.frame else np.full(len(runs), np.nan)
+    for column, values in columns.items():
+        if not (values > 0).any():
+            known = ", ".join(name for name in runs.frame.columns if runs.has(name))
+            raise ValueError(f"law {law.name!r} needs {column}, which these runs do not tell; known: {known}")
+    kept = np.all([np.isfinite(values) & (values > 0) for values in columns.values()], axis=0)
+    if not kept.any():
+        raise ValueError(f"law {law.name!r} needs {', '.join(columns)}; no run tells all of them")
+    here = runs.where(kept)
+    found = fit(
+        law,
+        {symbol: values[kept] for symbol, values in x.items()},
+        here.numbers(law.quantity),
+        size=size,
+        clusters=clusters_of(here),
+        replicates=replicates,
+        seed=seed,
+    )
+    left = int((~kept).sum())
+    said = Verdict("warning", "left_out", f"{left} of {len(runs)} rows do not tell {', '.join(columns)}")
+    return replace(found, verdicts=(*found.verdicts, said)) if left else found
+
+
+def clusters_of(runs: RunTable) -> np.ndarray:
+    """A number for each row, equal for checkpoints of one run and for runs that go on from one ancestor, (rows,).
+
+    Rows of one name are one run only if they are equal in what a run keeps: a name may be that of a family of runs.
+    """
+    if not runs.has("run"):
+        return np.arange(len(runs))
+    names = runs.frame["run"].astype(object).where(runs.frame["run"].notna(), None).tolist()
+    kept = [runs.numbers(name) for name in KEPT if runs.has(name)]
+    own = list(zip(names, *(each.tolist() for each in kept), strict=True))
+    first = {name: place for place, name in reversed(list(enumerate(names)))}
+    parents = runs.frame["parent"].tolist() if runs.has("parent") else [None] * len(runs)
+
+    def root(place: int) -> Hashable:
+        seen = {place}
+        while not pd.isna(parents[place]):
+            above = first.get(parents[place])
+            if above is None or above in seen:
+                return ("parent", parents[place])
+            place = above
+            seen.add(place)
+        return place if names[place] is None else tuple(str(each) for each in own[place])
+
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(root(place), len(number)) for place in range(len(runs))])

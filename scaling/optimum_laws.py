@@ -1,0 +1,114 @@
+"""The laws of the best learning rate and batch of a table, and of the largest stable rate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scaling.laws import LAWS
+from scaling.laws.law import Law
+from scaling.loss_laws import fit_rows
+from scaling.optima import find_bowls, fit_optima, fit_stability
+from scaling.optima.cells import inputs
+from scaling.optima.vertices import optima
+from scaling.results import Bowl, Fit, HeldOut, Verdict
+from scaling.table import RunTable
+
+DEFAULTS = {
+    "lr": ("step_law_lr", "deepseek_lr"),
+    "batch_tokens": ("step_law_batch", "general_batch", "deepseek_batch"),
+}
+"""Laws that are tried where none is asked for; the one that is taken in a tie is first."""
+LARGEST = 0.3
+"""Share of the cells that are held out at the end of compute."""
+FEWEST = 4
+"""Cells that a law of the optimum is tried on."""
+
+
+@dataclass(frozen=True)
+class OptimumLaws:
+    fits: tuple[Fit, ...] = ()
+    """The chosen one of lr first, then of batch_tokens, and the others."""
+    bowls: tuple[Bowl, ...] = ()
+    stability: Fit | None = None
+    held_out: tuple[HeldOut, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+
+
+def find_optima(table: RunTable, size: str, asked: Sequence[Law], replicates: int, seed: int) -> OptimumLaws:
+    """Bowls and laws of these runs, the diverged ones among them. ValueError for a law that is asked for and whose
+    columns are not there; what cannot be told otherwise is said in a verdict."""
+    bowls: tuple[Bowl, ...] = ()
+    if table.has(size) and table.has("tokens") and (table.has("lr") or table.has("batch_tokens")):
+        bowls = tuple(each for each in find_bowls(table, size) if each.lr or each.batch_tokens)
+    fits: list[Fit] = []
+    held_out: list[HeldOut] = []
+    said: list[Verdict] = []
+    for quantity in DEFAULTS:
+        wanted = [law for law in asked if law.quantity == quantity]
+        if wanted:
+            fits += [_asked(table, law, size, bowls, replicates, seed) for law in wanted]
+            continue
+        found = [each for each in bowls if getattr(each, quantity) is not None]
+        if len(found) < FEWEST:
+            if found:
+                said.append(_few(quantity, len(found)))
+            continue
+        ranked, measured = _ranked(found, quantity, size)
+        held_out += measured
+        fits += [
+            fit_optima(table, name, size=size, replicates=replicates, seed=seed, checks=not place)
+            for place, name in enumerate(ranked)
+        ]
+    stability = fit_stability(table, size, seed=seed) if bowls and table.has("lr") else None
+    return OptimumLaws((*fits, *([stability] if stability else [])), bowls, stability, tuple(held_out), tuple(said))
+
+
+def _few(quantity: str, count: int) -> Verdict:
+    message = f"{count} cells tell a best {quantity}; at least {FEWEST} are needed for a law of it"
+    return Verdict("warning", "few_cells", message)
+
+
+def _asked(table: RunTable, law: Law, size: str, bowls: Sequence[Bowl], replicates: int, seed: int) -> Fit:
+    """A law that was asked for: of the optima of cells, or where no cell varies of the runs as they are."""
+    if any(getattr(each, law.quantity) is not None for each in bowls):
+        return fit_optima(table, law, size=size, replicates=replicates, seed=seed)
+    found = fit_rows(table, law, (size,), replicates, seed)
+    message = f"{law.quantity} does not vary between runs that are otherwise equal: each run is taken to be at its best"
+    return replace(found, verdicts=(*found.verdicts, Verdict("warning", "taken_for_best", message)))
+
+
+def _ranked(bowls: Sequence[Bowl], quantity: str, size: str) -> tuple[list[str], list[HeldOut]]:
+    """The default laws of a quantity by how they tell the cells of largest compute from the others: of those within
+    one standard error of the best the one of fewest parameters, then the others."""
+    known = optima(bowls, quantity)
+    compute = np.array([each.cell["flops"] for each in known.bowls])
+    test = known.known & (compute > np.quantile(compute, 1 - LARGEST))
+    train = [each for each, is_tested in zip(known.bowls, compute > np.quantile(compute, 1 - LARGEST), strict=True)
+             if not is_tested]  # fmt: skip
+    measured = []
+    for name in DEFAULTS[quantity]:
+        law = LAWS[name]
+        if test.sum() < 2 or len(train) <= len(law.parameters):
+            continue
+        found = fit_optima(train, law, size=size, replicates=2, checks=False)
+        tested = [each for each, is_tested in zip(known.bowls, test, strict=True) if is_tested]
+        predicted = found.predict(inputs(law, [each.cell for each in tested], size))
+        measured.append(_measure(name, size, len(train), np.exp(known.low[test]), predicted))
+    if not measured:
+        return list(DEFAULTS[quantity])[:1], []
+    best = min(measured, key=lambda each: each.error)
+    close = [each for each in measured if each.error <= best.error + best.error_se]
+    chosen = min(close, key=lambda each: (len(LAWS[each.law].parameters), each.error))
+    rest = sorted((each for each in measured if each is not chosen), key=lambda each: each.error)
+    return [chosen.law, *(each.law for each in rest)], [chosen, *rest]
+
+
+def _measure(law: str, size: str, trained: int, measured: np.ndarray, predicted: np.ndarray) -> HeldOut:
+    share = predicted / measured - 1
+    error = np.abs(share)
+    return HeldOut(
+        law, size, "cells of largest compute", trained, len(share), float(error.mean()),
+        float(error.std(ddof=1) / np.sqrt(len(error))), float(share.mean()), float("nan"),
+        tuple(measured.tolist()), tuple(predicted.tolist()),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What an analysis says: tables for the terminal, plots, and one page that opens offline."""

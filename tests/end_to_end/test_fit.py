@@ -1,0 +1,193 @@
+"""The command fit: its exit codes, its files, whole or not at all; and published tables as they are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from launch import fit, main
+from scaling import laws_file
+from scaling.report import figures, html
+from tests.published import published
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_losses(path: Path, ratio: float | None = None, **columns) -> Path:
+    """A table of 25 runs of a Chinchilla truth; with `ratio` tokens are so many for each parameter."""
+    random = np.random.default_rng(0)
+    size, data = (each.ravel() for each in np.meshgrid(np.geomspace(5e7, 2e9, 5), np.geomspace(1e9, 1e11, 5)))
+    data = data if ratio is None else ratio * size
+    loss = (1.7 + 400 * size**-0.34 + 410 * data**-0.28) * np.exp(0.002 * random.standard_normal(len(size)))
+    pd.DataFrame({"params": size, "tokens": data, "final": loss, **columns}).to_csv(path, index=False)
+    return path
+
+
+def run(*arguments: object) -> int:
+    return fit.main([*map(str, arguments), "--replicates", "30"])
+
+
+def files(folder: Path) -> set[str]:
+    return {str(each.relative_to(folder)) for each in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[int, Path]:
+    folder = tmp_path_factory.mktemp("fit")
+    table = write_losses(folder / "runs.csv", name=["<b>bold</b>"] * 25)
+    code = run(
+        table, "--columns", "loss=final", "--law", "chinchilla", "--target", "N=3B,D=60B", "--out", folder / "out"
+    )
+    return code, folder
+
+
+def test_a_table_becomes_laws_a_report_and_plots(results):
+    code, folder = results
+    assert code == 0
+    assert files(folder) == {
+        "runs.csv", "out", "out/laws.json", "out/report.html", "out/plots", "out/plots/losses.png",
+        "out/plots/residuals.png", "out/plots/held_out.png", "out/plots/bootstrap.png",
+    }  # fmt: skip
+    found = laws_file.read(folder / "out" / "laws.json")
+    assert found.best("loss").law == "chinchilla" and found.best("loss").rows == 25
+    assert found.provenance["options"]["targets"] == [{"N": 3e9, "D": 6e10}]
+    assert "chinchilla" in found.provenance["command"]
+    assert found.decisions[0].proposal["loss"].value == pytest.approx(
+        1.7 + 400 * 3e9**-0.34 + 410 * 6e10**-0.28, rel=0.02
+    )
+    page = (folder / "out" / "report.html").read_text()
+    assert "<b>bold</b>" not in page and "&lt;b&gt;bold&lt;/b&gt;" in page
+
+
+def test_earlier_results_are_replaced(results):
+    _, folder = results
+    before = (folder / "out" / "laws.json").read_text()
+    code = run(folder / "runs.csv", "--columns", "loss=final", "--law", "chinchilla_tied", "--out", folder / "out")
+    assert code == 0
+    assert json.loads((folder / "out" / "laws.json").read_text())["fits"][0]["law"] == "chinchilla_tied"
+    assert before != (folder / "out" / "laws.json").read_text()
+    assert {each.name for each in folder.iterdir()} == {"runs.csv", "out"}
+
+
+def test_results_are_written_whole_or_not_at_all(results, monkeypatch):
+    _, folder = results
+    before = files(folder), (folder / "out" / "laws.json").read_text()
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(html, "page", fails)
+    code = run(folder / "runs.csv", "--columns", "loss=final", "--law", "chinchilla", "--out", folder / "out")
+    assert code == 2
+    assert (files(folder), (folder / "out" / "laws.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["missing.csv"], "missing.csv"),
+        (["runs.csv", "--law", "nonsense"], "nonsense"),
+        (["runs.csv", "--law", "lr = m * tokens^-a"], "lr"),
+        (["runs.csv", "--target", "N=7B"], "two of N, D and C"),
+        (["runs.csv", "--target", "N=seven,D=1T"], "'seven' is not a number"),
+        (["runs.csv", "--target", "N"], "NAME=VALUE"),
+        (["runs.csv", "--columns", "loss=absent"], "absent"),
+        (["runs.csv", "--size", "active"], "active"),
+        (["runs.csv", "--replicates", "-1"], "--replicates -1"),
+        (["runs.csv", "--out", "full"], "something else"),
+        (["runs.csv", "--out", "runs.csv"], "it is a file"),
+    ],
+)
+def test_bad_input_has_code_2_one_message_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    write_losses(tmp_path / "runs.csv")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    before = files(tmp_path)
+    given = arguments if "--out" in arguments else [*arguments, "--out", "out"]
+    given = given if "--columns" in given else [*given, "--columns", "loss=final"]
+    assert fit.main(given) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and words in errors[0]
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "a\n", "params,tokens,loss\n", "params,tokens,loss\n1e8,1e9,nan\n1e8,2e9,inf\n", "params,tokens,loss\n1e8,1e9,-3\n"],
+    ids=["empty", "one cell", "no rows", "no finite loss", "negative loss"],
+)  # fmt: skip
+def test_tables_of_nothing_have_code_2(tmp_path, capsys, content):
+    (tmp_path / "runs.csv").write_text(content)
+    assert run(tmp_path / "runs.csv", "--out", tmp_path / "out") == 2
+    assert "error: " in capsys.readouterr().err
+    assert files(tmp_path) == {"runs.csv"}
+
+
+def test_a_law_that_is_not_identified_has_code_3_and_its_report(tmp_path, capsys):
+    table = write_losses(tmp_path / "runs.csv", ratio=20)
+    assert run(table, "--columns", "loss=final", "--law", "chinchilla", "--out", tmp_path / "out") == 3
+    assert "not told by these runs: the law chinchilla" in capsys.readouterr().err
+    assert "not identified" in (tmp_path / "out" / "report.html").read_text()
+    assert not laws_file.read(tmp_path / "out" / "laws.json").best("loss").identified
+
+
+def test_a_target_too_far_has_code_3_and_with_far_0(tmp_path):
+    table = write_losses(tmp_path / "runs.csv")
+    options = [table, "--columns", "loss=final", "--law", "chinchilla_tied", "--target", "C=1e23"]
+    assert run(*options, "--out", tmp_path / "near") == 3
+    assert run(*options, "--out", tmp_path / "far", "--far") == 0
+    assert laws_file.read(tmp_path / "near" / "laws.json").decisions[0].proposal == {}
+    assert "N" in laws_file.read(tmp_path / "far" / "laws.json").decisions[0].proposal
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    table = write_losses(tmp_path / "runs.csv")
+    for name in ("one", "two"):
+        assert run(table, "--columns", "loss=final", "--law", "chinchilla", "--out", tmp_path / name) == 0
+    one, two = (json.loads((tmp_path / name / "laws.json").read_text()) for name in ("one", "two"))
+    assert one["fits"] == two["fits"]
+
+
+@pytest.mark.parametrize("text, value", [("7B", 7e9), ("1.4T", 1.4e12), ("1e21", 1e21), ("2_000", 2000.0)])
+def test_amounts_are_read_with_their_unit(text, value):
+    assert fit.target(f"C={text}") == {"C": value}
+
+
+def test_the_verb_is_known_and_its_help_is_light():
+    assert "fit" in main.VERBS
+    command = "import sys; from launch import fit; fit.parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"numpy", "pandas", "scipy", "matplotlib", "torch"} & set(loaded.stdout.split())
+
+
+PUBLISHED = {
+    "chinchilla": ("chinchilla_epoch/svg_extracted_data.csv", ["--law", "chinchilla"], {"loss"}),
+    "farseer": ("scalebench/farseer_train.parquet", ["--law", "chinchilla", "farseer"], {"loss"}),
+    "streams": (
+        "parscale/parscale_42B_losses.csv",
+        ["--columns", "loss=loss_pile", "--set", "tokens=42B", "--law", "parscale"],
+        {"loss"},
+    ),
+    "grid": ("scalebench/lr_bsz_train.parquet", ["--set", "seq_len=2048"], {"loss", "lr", "batch_tokens"}),
+    "step law": ("steplaw/dense_lr_bs_loss.csv", ["--set", "seq_len=2048"], {"loss", "lr", "batch_tokens"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_tables_are_fitted_as_they_are(tmp_path, name):
+    table, options, quantities = PUBLISHED[name]
+    assert run(published(table), *options, "--out", tmp_path / "out") in (0, 3)
+    found = laws_file.read(tmp_path / "out" / "laws.json")
+    assert quantities <= {fit.quantity for fit in found.fits}
+    assert (
+        {"losses.png", "residuals.png"}
+        <= set(os.listdir(tmp_path / "out" / "plots"))
+        <= {f"{each}.png" for each in figures.PLOTS}
+    )
