@@ -10,7 +10,7 @@ from experiments.contest import SEEDS, Preset, presets
 SIZES = presets(Path(__file__).parent, cpu=4e-3, gpu=2e-3)
 FACTORS = (1, 2, 4)
 """Of the base shape's width, or depth."""
-RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
+RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Of the middle rate; the same at every shape."""
 
 

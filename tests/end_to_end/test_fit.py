@@ -119,7 +119,13 @@ def test_bad_input_has_code_2_one_message_and_writes_nothing(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "content",
-    ["", "a\n", "params,tokens,loss\n", "params,tokens,loss\n1e8,1e9,nan\n1e8,2e9,inf\n", "params,tokens,loss\n1e8,1e9,-3\n"],
+    [
+        "",
+        "a\n",
+        "params,tokens,loss\n",
+        "params,tokens,loss\n1e8,1e9,nan\n1e8,2e9,inf\n",
+        "params,tokens,loss\n1e8,1e9,-3\n",
+    ],
     ids=["empty", "one cell", "no rows", "no finite loss", "negative loss"],
 )  # fmt: skip
 def test_tables_of_nothing_have_code_2(tmp_path, capsys, content):

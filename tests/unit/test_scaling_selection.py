@@ -72,7 +72,7 @@ def test_repetition_alone_leaves_the_joint_law_with_its_data_term():
 
 
 def test_no_law_at_all_is_an_error_that_says_why():
-    with pytest.raises(ValueError, match="no law of loss can be fitted to these 36 rows.*tokens"):
+    with pytest.raises(ValueError, match=r"no law of loss can be fitted to these 36 rows.*tokens"):
         candidates(ladder().drop(columns=["tokens"]), laws=["chinchilla"])
     with pytest.raises(ValueError, match="no size is known"):
         candidates(ladder().drop(columns=["non_embedding"]))
