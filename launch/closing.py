@@ -1,6 +1,7 @@
 """What a finished launch tells its user: where things are, how good the model is, what it writes, how to go on."""
 
 import json
+import math
 import shlex
 import sys
 from contextlib import suppress
@@ -50,8 +51,8 @@ def unigram_losses(config: Config) -> dict[str, float]:
 
 
 def last_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The newest row of each evaluation set."""
-    newest = {row["set"]: row for row in read_rows(folder / "evaluations.jsonl")}
+    """The newest row of each evaluation set. A loss that is not finite, which is not written, is NaN."""
+    newest = {row["set"]: {"loss": math.nan} | row for row in read_rows(folder / "evaluations.jsonl")}
     return list(newest.values())
 
 

@@ -1,6 +1,7 @@
 """A ladder's runs on this machine: so many at a time, each resumed where it stands, hopeless ones stopped."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -161,7 +162,8 @@ class Queue:
             self.pace[1] + max(0.0, spent(run)[0] - launch.flops),
         )
         if told == "finished":
-            pass
+            if not all(math.isfinite(row["loss"]) for row in last_evaluations(run.folder)):
+                write_ending(run, Ending("diverged", "its last held-out loss is not finite", {"code": code}))
         elif told == "diverged":
             write_ending(run, Ending("diverged", "too many steps in a row were skipped", {"code": code}))
         elif launch.judged is not None:

@@ -26,19 +26,19 @@ LADDER = {
 }
 
 
-def write(folder, base=None, **changes):
-    """A ladder file of `LADDER` with changes, where None leaves a key out, on a base with changes."""
+def write(folder, over=None, /, **changes):
+    """A ladder file of `LADDER` with changes, where None leaves a key out, and what lies over its base."""
     raw = tomllib.loads(dump(tiny_run(folder, run={"name": "base"})))
     schedule = {"kind": "wsd", "horizon": 1, "warmup": 2 * BATCH, "decay": "25%"}
-    (folder / "base.toml").write_text(tomli_w.dumps(laid_over(raw | {"schedule": schedule}, base or {})))
+    (folder / "base.toml").write_text(tomli_w.dumps(laid_over(raw | {"schedule": schedule}, over or {})))
     ladder = {key: value for key, value in (LADDER | changes).items() if value is not None}
     path = folder / "ladder.toml"
     path.write_text(tomli_w.dumps(ladder))
     return path
 
 
-def runs_of(folder, base=None, **changes):
-    path = write(folder, base, **changes)
+def runs_of(folder, over=None, /, **changes):
+    path = write(folder, over, **changes)
     return plan(*read_ladder(path), path)
 
 
