@@ -10,8 +10,8 @@ from scaling.design.runs import Runs, cells_of, position
 from scaling.results import Decision, Estimate, Plateau, Verdict
 
 FAR = 0.004
-"""Excess of ln loss at which the misfit of the bowl is taken to equal the noise: twice the noise that is expected, fixed
-on the 24 cheapest cells of the Step Law grid. Residuals there double at 0.015, but runs of a cell share the misfit."""
+"""Excess of ln loss at which the misfit of the bowl is taken to equal the noise: twice the expected noise, fixed on
+the 24 cheapest cells of the Step Law grid. Residuals there double at 0.015, but runs of a cell share the misfit."""
 MARGIN = np.log(1.5)
 """Of ln lr, that is kept below the rates at which runs diverged."""
 PLATEAU = 1e-3

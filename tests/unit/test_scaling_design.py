@@ -76,7 +76,7 @@ def test_laws_and_optima_are_recovered_within_their_intervals():
     for name in ("a", "b", "a_B", "b_B", "r"):
         at = SHARED.index(name)
         assert abs(found.mean[at] - (TRUTH | SHAPE)[name]) < 3 * sd[at], name
-    assert 0.0007 < found.noise < 0.0015
+    assert 0.0004 < found.noise < 0.0015  # the share of it that is given to misfit, which this truth has none of, is lost
     decision = found.decide(*TARGET)
     chosen = {name: decision.proposal[name].value for name in ("lr", "batch_tokens")}
     assert true_excess(*TARGET, chosen["lr"], chosen["batch_tokens"])[0] < 0.002
@@ -189,6 +189,15 @@ def test_proposals_and_decisions_keep_below_the_rates_that_diverged():
     frame = pd.DataFrame([(each.N, each.D, each.lr, each.batch_tokens) for each in proposals])
     frame.columns = ["non_embedding", "tokens", "lr", "batch_tokens"]
     assert (found.place(read(frame, "non_embedding"))[:, 0] <= limit + 1e-9).all()
+
+
+def test_a_rate_above_the_frontier_is_not_decided():
+    table = swept().assign(status="finished")
+    optimum = table[["non_embedding", "tokens"]].apply(lambda row: true_optimum(*row)[0], axis=1)
+    table.loc[table["lr"] > 0.9 * optimum, "status"] = "diverged"
+    decision = belief(table, "non_embedding").decide(*CELLS[0])
+    assert "frontier" in [each.code for each in decision.verdicts]
+    assert decision.proposal["lr"].value < 0.9 * true_optimum(*CELLS[0])[0]
 
 
 def test_one_diverged_run_among_many_that_finished_is_no_frontier():
