@@ -4,6 +4,7 @@ import platform
 import subprocess
 import time
 import uuid
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from runtime.config import Config
 from runtime.model.counts import count, flops_per_token
+from runtime.model.tying import depth_plan
 from runtime.observe.devices import Peak
 from runtime.parallel.mesh import Layout
 from runtime.timetable import build_timetable
@@ -117,8 +119,8 @@ def with_segment(
         "batch_sequences": config.batch.sequences,
         "batch_tokens": config.batch.sequences * config.data.seq_len,
         "model": config.model.model_dump(mode="json"),
-        "streams": 1,
-        "recurrences": counts.unrolled_depth / config.model.num_layers,
+        "streams": config.model.streams.count,
+        "recurrences": max(Counter(depth_plan(config.model.num_layers, config.model.tying)).values()),
         "mesh": {**asdict(layout), "recompute": config.parallel.recompute, "compile": config.parallel.compile},
         "precision": precision,
         "device": device,

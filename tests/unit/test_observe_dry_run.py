@@ -92,8 +92,8 @@ def test_shards_shrink_with_the_world():
     assert parameters(1) / parameters(4) == pytest.approx(4, rel=0.05)
 
 
-def run_json() -> dict:
-    config = config_of()
+def run_json(**changes) -> dict:
+    config = config_of(**changes)
     contents = identity(
         config,
         sources=[SourceIdentity("absent/train", "f00d", 20_000_000, weight=1.0)],
@@ -139,6 +139,12 @@ def test_run_json_has_what_a_scaling_study_asks_of_a_run():
     assert columns["P"] == columns["r"] == 1
     assert {"python", "torch", "numpy", "meristem"} <= contents["versions"].keys()
     assert "parent" not in contents and "peak" not in segment
+
+
+def test_run_json_tells_streams_and_how_often_a_block_is_used():
+    tied = {"num_layers": 6, "tying": {"plan": "middle_cycle", "loops": 2}, "streams": {"count": 4}}
+    (segment,) = run_json(model=tied)["segments"]
+    assert (segment["streams"], segment["recurrences"]) == (4, 2)
 
 
 def test_a_resume_keeps_the_identity_and_notes_the_new_mesh():
