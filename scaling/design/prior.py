@@ -1,4 +1,4 @@
-"""What is believed of bowls before any run: wide, and from other grids than those that the tests use.
+"""What is believed of bowls before any run: wide, with exponents from other grids than those that the tests use.
 
 The optimum of a cell and the curvatures of its bowl deviate from the shared laws as a Gaussian process over ln N and
 ln D: cells that are alike deviate alike. So a law's own bend is learned where runs are, a target far from all runs
@@ -19,8 +19,8 @@ PRIOR = {
         0.6,
         0.3,
     ),  # as there; DeepSeek LLM: C^.327, so D^.65 on the compute-optimal line; Porian et al.: N^.70 there
-    "ln_h_p": (np.log(0.02), np.log(3)),  # a factor of 2 in lr costs half a percent, within a factor of 3
-    "ln_h_q": (np.log(0.01), np.log(3)),
+    "ln_h_p": (np.log(0.02), np.log(3)),  # 2x in lr costs half a percent, within a factor of 3; Step Law: .02
+    "ln_h_q": (np.log(0.01), np.log(3)),  # 2x in the batch costs half of that; Step Law: .009
     "r": (0.5, 0.5),  # the square-root rule of Adam (Malladi et al. 2022)
     "k_p": (1.0, 0.5),  # noise of the weights costs in proportion to the rate: exp(u)
     "k_q": (0.0, 0.5),

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling.laws_file import FORMAT, read, write
@@ -66,6 +66,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 
 @given(st.lists(st.floats(width=64), min_size=1))
+@settings(max_examples=50, deadline=None)
 def test_every_float_survives(tmp_path_factory, numbers):
     path = tmp_path_factory.mktemp("laws") / "laws.json"
     written = analysis(fits=(), decisions=tuple(Decision({}, {}, {}, each, each) for each in numbers))

@@ -76,7 +76,9 @@ def test_laws_and_optima_are_recovered_within_their_intervals():
     for name in ("a", "b", "a_B", "b_B", "r"):
         at = SHARED.index(name)
         assert abs(found.mean[at] - (TRUTH | SHAPE)[name]) < 3 * sd[at], name
-    assert 0.0004 < found.noise < 0.0015  # the share of it that is given to misfit, which this truth has none of, is lost
+    assert (
+        0.0004 < found.noise < 0.0015
+    )  # the share of it that is given to misfit, which this truth has none of, is lost
     decision = found.decide(*TARGET)
     chosen = {name: decision.proposal[name].value for name in ("lr", "batch_tokens")}
     assert true_excess(*TARGET, chosen["lr"], chosen["batch_tokens"])[0] < 0.002
