@@ -10,10 +10,12 @@ import numpy as np
 
 from scaling.fitting.levenberg import minimise
 from scaling.fitting.objective import Objective
+from scaling.fitting.profile import scale
 from scaling.laws.law import Inputs, Law
 
-FEW = 4
-"""Clusters for each parameter, below which too many drawn tables would not determine the parameters."""
+FEW = 10
+"""Clusters for each parameter, below which tables of drawn clusters hold too few different ones: with 7 for each of
+Chinchilla's parameters, their intervals cover the truth in 99 % of cases and not 95 %."""
 TOLERANCE = 1e-8
 """Of the objective's relative reduction: about 1e-3 standard errors."""
 WEBB = np.sqrt([0.5, 1.0, 1.5])
@@ -50,9 +52,8 @@ def resample(
     if len(groups) < FEW * free.sum():
         kind, weights = "wild", None
         factors = generator.choice(np.concatenate([-WEBB, WEBB]), size=(replicates, len(groups)))
-        fitted = law.log_value(optima[:1], x)[0]
-        lost = np.sqrt(len(targets) / max(1, len(targets) - free.sum()))
-        targets = fitted + factors[:, member] * (targets - fitted) * lost
+        errors = _errors(law, x, targets, optima[0], objective, clusters, free)
+        targets = law.log_value(optima[:1], x) + factors[:, member] * errors
     else:
         kind, weights = "cluster", _multiplicities(generator, len(groups), replicates)[:, member]
     best, lowest = np.repeat(optima[:1], replicates, axis=0), np.full(replicates, np.inf)
@@ -69,3 +70,26 @@ def resample(
 def _multiplicities(generator: np.random.Generator, clusters: int, replicates: int) -> np.ndarray:
     """How often each cluster is drawn, (B, G)."""
     return generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=replicates).astype(float)
+
+
+def _errors(
+    law: Law,
+    x: Inputs,
+    targets: np.ndarray,
+    optimum: np.ndarray,
+    objective: Objective,
+    clusters: np.ndarray,
+    free: np.ndarray,
+) -> np.ndarray:
+    """The residuals (n,) with what the fit took off them: r + h / (1 - h) psi(r) / E psi' for a row of leverage h.
+
+    That is r / (1 - h) for least squares; for least absolute deviations it is what Feng, He & Hu 2011 (Biometrika 98)
+    correct by, without which the rows that the fit goes through exactly make intervals too narrow.
+    """
+    values, slopes = law.evaluate(optimum[None], x)
+    residuals, slopes = targets - values[0], slopes[0][:, free]
+    threshold = float(objective.threshold(residuals[None], np.ones((1, len(residuals))))[0])
+    leverage = np.einsum("nk,kn->n", slopes, np.linalg.pinv(slopes, rcond=1e-7)).clip(0, 0.9)
+    psi = np.clip(residuals, -threshold, threshold)
+    slope = scale(residuals, threshold, int(free.sum()), clusters).slope
+    return residuals + leverage / (1 - leverage) * psi / slope

@@ -59,9 +59,10 @@ def _together(size: np.ndarray, data: np.ndarray, is_fixed: bool) -> Iterator[Ve
 
 def of_optimum(law: Law, slopes: np.ndarray, coordinates: np.ndarray, free: np.ndarray) -> Iterator[Verdict]:
     """What the best fit tells: parameters at a bound, and the condition of the Jacobian (n, K)."""
-    for k in np.flatnonzero(free):
-        if (at := _bound(law, k, coordinates[k])) is not None:
-            yield Verdict("failure", "bound", f"{law.parameters[k].name} ends at its bound {at:g}")
+    for parameter, is_free, is_low, is_high in zip(law.parameters, free, *_at_bounds(law, coordinates), strict=True):
+        if is_free and (is_low or is_high):
+            bound = parameter.lower if is_low else parameter.upper
+            yield Verdict("failure", "bound", f"{parameter.name} ends at its bound {bound:g}")
     number = condition(slopes[:, free])
     if level := _level(1 / number, (1 / CONDITION[0], 1 / CONDITION[1])):
         yield Verdict(level, "condition", f"the parameters compensate each other: condition number {number:.1e}")
@@ -80,8 +81,11 @@ def of_intervals(
     law: Law, estimates: Mapping[str, Estimate], draws: np.ndarray, fixed: Mapping[str, float], lowest: float
 ) -> Iterator[Verdict]:
     """What the bootstrap tells, (B, K): intervals that are too wide, replicates at a bound. lowest: measured value."""
-    for k, parameter in enumerate(law.parameters):
-        if parameter.name in fixed or not len(draws):
+    if not len(draws):
+        return
+    at_bounds = np.logical_or(*_at_bounds(law, draws)).mean(axis=0)
+    for parameter, at in zip(law.parameters, at_bounds, strict=True):
+        if parameter.name in fixed:
             continue
         found = estimates[parameter.name]
         width = found.high - found.low
@@ -92,8 +96,7 @@ def of_intervals(
         elif not parameter.logarithmic and width > EXPONENT * max(abs(found.value), SMALL):
             message = f"{parameter.name} = {found.value:.3g} is known to {found.low:.3g} ... {found.high:.3g} only"
             yield Verdict("warning", "interval", message)
-        at = np.mean([_bound(law, k, each) is not None for each in draws[:, k]])
-        if at > AT_BOUND and _bound(law, k, float(parameter.coordinate(found.value))) is None:
+        if at > AT_BOUND and not np.isclose(found.value, (parameter.lower, parameter.upper), rtol=1e-6, atol=0).any():
             yield Verdict("warning", "bound", f"{parameter.name} ends at a bound in {at:.0%} of the bootstrap")
 
 
@@ -128,11 +131,7 @@ def _level(value: float, limits: tuple[float, float]) -> str | None:
     return "failure" if value < limits[0] else "warning" if value < limits[1] else None
 
 
-def _bound(law: Law, k: int, coordinate: float) -> float | None:
-    """The bound that a coordinate is at, if it is."""
-    low, high = (float(each[k]) for each in law.bounds())
-    parameter = law.parameters[k]
-    for bound, value in ((low, parameter.lower), (high, parameter.upper)):
-        if np.isfinite(bound) and abs(coordinate - bound) <= 1e-9 * max(1.0, abs(bound)):
-            return value
-    return None
+def _at_bounds(law: Law, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether coordinates (..., K) are at the lower and at the upper bounds, of their shape."""
+    low, high = law.bounds()
+    return tuple(np.abs(coordinates - each) <= 1e-9 * np.maximum(1, np.abs(each)) for each in (low, high))

@@ -55,20 +55,20 @@ def minimise(
 ) -> Solutions:
     """The minimum of the objective that each start (S, K) leads to, within the law's bounds.
 
-    targets: ln of the measured quantity, (n,) or (S, n). weights: of the rows, (S, n), 1 if not given. free: (K,) of
-    bool; the other coordinates stay as they start. A problem has converged when the next step would reduce its
-    objective by less than `tolerance` of it.
+    targets: ln of the measured quantity, (n,) or (S, n). weights: of the rows, (S, n), 1 if not given. free: of bool,
+    (K,) or (S, K); the other coordinates stay as they start. A problem has converged when the next step would reduce
+    its objective by less than `tolerance` of it.
     """
     count, rows = len(starts), np.shape(targets)[-1]
     targets = np.broadcast_to(targets, (count, rows))
     weights = np.broadcast_to(1.0 if weights is None else weights, (count, rows))
-    free = np.ones(starts.shape[1], bool) if free is None else free
+    free = np.broadcast_to(True if free is None else free, starts.shape)
     size = max(1, CHUNK // (rows * starts.shape[1]))
     coordinates, converged = np.array(starts, dtype=float), np.zeros(count, bool)
     with np.errstate(all="ignore"):
         for begin in range(0, count, size):
             part = slice(begin, begin + size)
-            work = _Work(law, x, objective, free, targets[part], weights[part], coordinates[part])
+            work = _Work(law, x, objective, targets[part], weights[part], coordinates[part], free[part])
             work.run(tolerance, iterations, coordinates[part], converged[part])
         residuals = targets - law.log_value(coordinates, x)
         value = objective.value(residuals, weights)
@@ -80,13 +80,13 @@ class _Work:
 
     ARRAYS = (
         "number", "targets", "weights", "coordinates", "residuals", "slopes", "threshold", "loss", "damping", "growth",
-        "easing", "is_last",
+        "easing", "is_last", "free", "low", "high",
     )  # fmt: skip
 
-    def __init__(self, law, x, objective, free, targets, weights, starts):
+    def __init__(self, law, x, objective, targets, weights, starts, free):
         low, high = law.bounds()
-        self.law, self.x, self.objective = law, x, objective
-        self.low, self.high, self.free = np.where(free, low, -np.inf), np.where(free, high, np.inf), free
+        self.law, self.x, self.objective, self.free = law, x, objective, free
+        self.low, self.high = np.where(free, low, -np.inf), np.where(free, high, np.inf)
         self.number, self.targets, self.weights = np.arange(len(starts)), targets, weights
         self.coordinates = np.clip(starts, self.low, self.high)
         self.residuals, self.slopes = self.evaluate(self.coordinates)

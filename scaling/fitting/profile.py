@@ -25,6 +25,8 @@ class Scale(NamedTuple):
     """Of differences of the objective: E psi^2 / E psi'."""
     variance: float
     """Times the inverse of J'J is the covariance of the coordinates: E psi^2 / (E psi')^2."""
+    slope: float
+    """E psi'."""
 
 
 def scale(residuals: np.ndarray, threshold: float, parameters: int, clusters: np.ndarray) -> Scale:
@@ -40,7 +42,7 @@ def scale(residuals: np.ndarray, threshold: float, parameters: int, clusters: np
     slope = max(float((higher - lower).mean()) / (2 * width), 1e-12)
     sums = np.bincount(np.unique(clusters, return_inverse=True)[1], weights=psi)
     square = max((psi**2).sum(), (sums**2).sum()) / max(1, rows - parameters)
-    return Scale(max(square / slope, 1e-28), max(square / slope**2, 1e-28))
+    return Scale(max(square / slope, 1e-28), max(square / slope**2, 1e-28), slope)
 
 
 def intervals(
@@ -60,32 +62,35 @@ def intervals(
     objective = Huber(threshold)
     values, slopes = law.evaluate(optimum[None], x)
     residuals, index = targets - values[0], np.flatnonzero(free)
-    unit, variance = scale(residuals, threshold, len(index), clusters)
+    unit, variance, _ = scale(residuals, threshold, len(index), clusters)
     covariance = variance * np.linalg.pinv(slopes[0][:, index].T @ slopes[0][:, index], rcond=1e-14, hermitian=True)
     lowest = objective.value(residuals[None], np.ones((1, len(residuals))))[0]
+    errors = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
+    along = np.zeros((len(index), len(optimum)))
+    along[:, index] = covariance / errors[:, None]
+    signs, (low, high) = np.array([-1, 1]), law.bounds()
+    starts = np.clip(optimum + np.einsum("ki,s,d->ksdi", along, signs, DISTANCES), low, high)
+    others = np.broadcast_to(free & (np.arange(len(free)) != index[:, None])[:, None, None], starts.shape)
+    held = minimise(
+        law, x, targets, starts.reshape(-1, len(free)), objective,
+        free=others.reshape(-1, len(free)), tolerance=1e-9, iterations=60,
+    )  # fmt: skip
+    excess = 2 * (held.objective.reshape(starts.shape[:3]) - lowest) / unit
     found = {}
-    for place, k in enumerate(index):
-        along, others = np.zeros(len(optimum)), free.copy()
-        along[index] = covariance[:, place] / np.sqrt(max(covariance[place, place], 1e-300))
-        others[k] = False
-        ends = []
-        for sign in (-1, 1):
-            starts = np.clip(optimum + sign * DISTANCES[:, None] * along, *law.bounds())
-            held = minimise(law, x, targets, starts, objective, free=others, tolerance=1e-9, iterations=60)
-            end = _crossing(np.abs(starts[:, k] - optimum[k]), 2 * (held.objective - lowest) / unit)
-            if np.isinf(end) and starts[-1, k] == law.bounds()[sign > 0][k]:
-                end = abs(starts[-1, k] - optimum[k])
-            ends.append(float(law.parameters[k].value(optimum[k] + sign * end)))
-        found[law.parameters[k].name] = (ends[0], ends[1])
+    for place, (k, costs) in enumerate(zip(index, excess, strict=True)):
+        below, above = starts[place, :, :, k]
+        ends = _end(below, optimum[k], costs[0], low[k]), _end(above, optimum[k], costs[1], high[k])
+        found[law.parameters[k].name] = tuple(float(law.parameters[k].value(each)) for each in ends)
     return found
 
 
-def _crossing(distances: np.ndarray, excess: np.ndarray) -> float:
-    """Where the excess reaches the 95 % point, its root being nearly a line; infinite where it does not."""
-    distances = np.concatenate([[0], distances])
+def _end(held: np.ndarray, optimum: float, excess: np.ndarray, bound: float) -> float:
+    """The coordinate at which the excess reaches the 95 % point, its root being nearly a line; the bound where it is
+    not reached on the way there, and infinite where it is not reached at all."""
+    places = np.concatenate([[optimum], held])
     roots = np.sqrt(np.maximum(np.concatenate([[0], excess]), 0))
     beyond = np.flatnonzero(roots > np.sqrt(CHI_SQUARED))
-    if not len(beyond):
-        return np.inf
-    pair = slice(beyond[0] - 1, beyond[0] + 1)
-    return float(np.interp(np.sqrt(CHI_SQUARED), roots[pair], distances[pair]))
+    if len(beyond):
+        pair = slice(beyond[0] - 1, beyond[0] + 1)
+        return float(np.interp(np.sqrt(CHI_SQUARED), roots[pair], places[pair]))
+    return bound if held[-1] == bound else float(np.copysign(np.inf, held[-1] - optimum))
