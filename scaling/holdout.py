@@ -44,7 +44,7 @@ def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
     """Hold-outs of rows, (n,) each: the largest compute, the largest N, from smaller to the next larger N, and each N.
 
     Where C is not known, (n,) of NaN, that one is left out. A split needs half of the rows, and three sizes, to train
-    on; of two that test the same rows the first is kept.
+    on; of two with the same rows the first is kept.
     """
     level = levels(size)
     fold = level if level.max() < FOLDS else np.unique(_folds(level), return_inverse=True)[1]
@@ -63,7 +63,7 @@ def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
     possible: list[Split] = []
     for split in splits:
         enough = split.train.sum() >= max(6, len(size) / 2) and len(set(level[split.train])) >= 3
-        if enough and not any(np.array_equal(split.test, other.test) for other in possible):
+        if enough and not any(_same(split, other) for other in possible):
             possible.append(split)
     return tuple(possible)
 
@@ -179,6 +179,10 @@ def _half_width(jacobian: np.ndarray, residuals: np.ndarray, split: Split) -> np
     covariance = np.linalg.pinv((trained / scale).T @ (trained / scale), rcond=1e-12, hermitian=True)
     of_law = np.einsum("nk,kl,nl->n", tested / scale, covariance, tested / scale)
     return 1.96 * noise * np.sqrt(1 + np.maximum(of_law, 0))
+
+
+def _same(one: Split, other: Split) -> bool:
+    return np.array_equal(one.train, other.train) and np.array_equal(one.test, other.test)
 
 
 def _last(level: np.ndarray, least: int) -> np.ndarray:

@@ -60,8 +60,8 @@ def test_the_truth_is_recovered_within_its_interval(name, parameters):
 def test_intervals_cover_the_truth_in_200_replicates(name, parameter):
     inside, deviations = [], []
     for seed in range(200):
-        law, x, y = runs(name, seed)
-        found = fit(law, x, y, size="total", starts=8, replicates=200, seed=seed).parameters[parameter]
+        law, x, y = runs(name, seed, rows=60)
+        found = fit(law, x, y, size="total", starts=4, replicates=200, seed=seed).parameters[parameter]
         inside.append(found.low <= TRUTH[parameter] <= found.high)
         deviations.append((found.value - TRUTH[parameter]) / found.error)
     assert 0.90 <= np.mean(inside) <= 0.98
