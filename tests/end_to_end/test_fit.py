@@ -39,7 +39,7 @@ def files(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp("fit")
-    table = write_losses(folder / "runs.csv", name=["<b>bold</b>"] * 25)
+    table = write_losses(folder / "runs.csv", name=[f"<b>bold</b> {row}" for row in range(25)])
     code = run(
         table, "--columns", "loss=final", "--law", "chinchilla", "--target", "N=3B,D=60B", "--out", folder / "out"
     )
