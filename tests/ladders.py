@@ -39,7 +39,7 @@ def ladder(
     scatter: float = 0.08,
     noise: float = 1e-3,
     outliers: float = 0.03,
-    edges: int = 2,
+    edges: int = 3,
     skew: float = 0.0,
     levels: tuple[int, int] = (8, 7),
 ) -> Ladder:
@@ -58,7 +58,7 @@ def ladder(
         centre = np.round(optimum / STEP) * STEP  # grids are of common levels, not around the unknown optimum
         axes = [centre[i] + STEP * (np.arange(count) - (count - 1) // 2) for i, count in enumerate(levels)]
         if cell in short:
-            axes[0] = axes[0] - STEP * (levels[0] // 2 + 1)
+            axes[0] = axes[0] - STEP * (levels[0] // 2 + 2)
         lr, batch = (each.ravel() for each in np.meshgrid(*axes))
         off = np.column_stack([lr, batch]) - optimum
         level = 1.7 + 400 / n[cell] ** 0.34 + 410 / d[cell] ** 0.28

@@ -114,11 +114,12 @@ def _inputs(fit: Fit, known: Mapping[str, float | None]) -> dict[str, np.ndarray
 
 
 def _told(fit: Fit, known: Mapping[str, float], generator: np.random.Generator) -> tuple[float, np.ndarray]:
-    """The law's value and draws of where the optimum of one more cell may lie, (B,)."""
+    """The law's value and draws of where the optimum of one more cell may lie, (B,): Student's around the law's."""
     x = _inputs(fit, known)
     draws = fit.predictions(x)[:, 0]
     scatter = float(fit.details.get("scatter", fit.noise))
-    return float(fit.predict(x)[0]), draws * np.exp(scatter * generator.standard_normal(len(draws)))
+    away = generator.standard_t(fit.details.get("freedom", np.inf), len(draws))
+    return float(fit.predict(x)[0]), draws * np.exp(scatter * away)
 
 
 def _estimate(value: float, draws: np.ndarray) -> Estimate:

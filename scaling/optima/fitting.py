@@ -122,6 +122,7 @@ def _described(fitting: _Fitting, solution: Solution, method: str) -> Fit:
         "estimator": method,
         "window": NEAR if method == "pooled" else fitting.window,
         "scatter": solution.scatter,
+        "freedom": max(clusters - len(law.parameters), 1),
         "condition": condition(solution.design),
         "optima": {"known": int(found.known.sum()), "censored": int(found.censored.sum())},
         "seed": fitting.seed,

@@ -44,28 +44,32 @@ class Polynomial:
 def fitted_bowl(z: np.ndarray, y: np.ndarray, window: float, skew: bool = True) -> Polynomial | None:
     """Least squares of ln loss `y` (n,) over logarithms `z` (n, d) on runs within a share `window` of the lowest.
 
-    Runs that are further than `OUTLIER` robust deviations from the bowl are set aside, one after another, as is a best
-    run that no other comes within the window of. None where too few runs or levels are left.
+    Runs that are further than `OUTLIER` robust deviations from the bowl are set aside, one after another. The window
+    is first laid above the third lowest run, so that a stray lowest one is seen before it draws the window down. None
+    where too few runs or levels are left.
     """
     d = z.shape[1]
-    kept, outliers = np.ones(len(y), dtype=bool), 0
-    lowest = np.sort(y)[:2]
-    if len(y) > LEAST_RUNS[d] and lowest[1] - lowest[0] > np.log1p(window):
-        kept[np.argmin(y)], outliers = False, 1
+    kept, outliers, rank = np.ones(len(y), dtype=bool), 0, min(2, len(y) - 1)
     while True:
-        used = kept & (y <= y[kept].min() + np.log1p(window))
-        if used.sum() < LEAST_RUNS[d] or any(len(set(levels(np.exp(column[used])))) < 3 for column in z.T):
+        used = kept & (y <= np.sort(y[kept])[rank] + np.log1p(window))
+        found = None
+        if used.sum() >= LEAST_RUNS[d] and all(len(set(levels(np.exp(column[used])))) >= 3 for column in z.T):
+            found = least_squares_bowl(z[used], y[used], skew and used.sum() >= CUBIC_RUNS[d])
+        if found is None and rank == 0:
             return None
-        found = least_squares_bowl(z[used], y[used], skew and used.sum() >= CUBIC_RUNS[d])
         if found is None:
-            return None
+            rank = 0
+            continue
         off = found.residuals - np.median(found.residuals)
         share = np.abs(off) / (1.4826 * np.median(np.abs(off)) + 1e-9)
         worst = int(np.argmax(share))
-        if share[worst] <= OUTLIER or used.sum() <= LEAST_RUNS[d]:
+        if share[worst] > OUTLIER and used.sum() > LEAST_RUNS[d]:
+            kept[np.flatnonzero(used)[worst]] = False
+            outliers += 1
+        elif rank:
+            rank = 0
+        else:
             return replace(found, used=used, outliers=outliers)
-        kept[np.flatnonzero(used)[worst]] = False
-        outliers += 1
 
 
 def monomials(d: int, degree: int) -> np.ndarray:

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
 
 from scaling.laws.powers import PowerLaw
 from scaling.optima.cells import inputs
 from scaling.optima.regression import censored_regression, cluster_weights, widened
 from scaling.results import Bowl
+
+LEAST_SCATTER = 0.01
+"""In ln of the quantity."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,20 @@ def robust_deviation(residuals: np.ndarray, fitted: int = 0) -> float:
 
 
 def _scatter(residuals: np.ndarray, error: np.ndarray, fitted: int) -> float:
-    """What of the residuals' deviation the errors do not explain, at least a hundredth."""
+    """The deviation that explains the residuals together with their errors, at least a hundredth.
+
+    Paule & Mandel's: squares of residuals over variances come to their degrees of freedom; strays count as three
+    robust deviations.
+    """
     whole = robust_deviation(residuals, fitted)
     if not np.isfinite(whole):
         return 0.1
-    return float(np.sqrt(max(whole**2 - np.median(error) ** 2, 1e-4)))
+    square = np.minimum(np.abs(residuals), 3 * whole) ** 2
+
+    def surplus(variance: float) -> float:
+        return float((square / (error**2 + variance)).sum() - (len(residuals) - fitted))
+
+    low, high = LEAST_SCATTER**2, max(float(square.sum()), LEAST_SCATTER**2)
+    if surplus(low) <= 0 or surplus(high) >= 0:
+        return LEAST_SCATTER
+    return float(np.sqrt(brentq(surplus, low, high)))
