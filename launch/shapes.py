@@ -9,21 +9,23 @@ from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 
 SHALLOWEST, DEEPEST = 3 / 4, 4 / 3
-"""Depth over that of the preset's own proportions."""
+"""Depth over that of the preset's own proportions, if that is more than a layer."""
 LENGTHENING = 0.1
 """What an e-fold of depth beyond the preset's proportions counts, beside an e-fold of size beyond the one asked for."""
+STEPS = 16
+"""Widths that are tried between one and its double, where heads divide it so finely."""
 LARGEST = 2**20
 """Width up to which shapes are tried."""
+NEAR = (0, 1, -1, 2, -2, 3, -3)
+"""Around a depth: a plan of tied depths fits some of them alone."""
 
 
 class Family:
-    """Models with a preset's head_dim, heads for each key-value head, intermediate over hidden size, width over depth,
-    vocabulary and options; `tensor` is the degree that is to split them. ValueError for a preset that tells no such
-    proportions."""
+    """Models with a preset's head_dim, intermediate over hidden size, width over depth, vocabulary and options, and
+    about its heads for each key-value head; `tensor` is the degree that is to split them."""
 
     def __init__(self, preset: ModelConfig, tensor: int = 1):
         self._preset, self._tensor = preset, tensor
-        self._unit = math.lcm(preset.num_heads // preset.num_kv_heads * tensor, tensor)
         common = preset.intermediate_size & -preset.intermediate_size
         self._multiple = math.lcm(min(common, 256), tensor)
 
@@ -31,7 +33,7 @@ class Family:
         """The model of so many heads and layers; None where the preset's options do not allow it."""
         preset = self._preset
         hidden, rest = divmod(preset.hidden_size * heads, preset.num_heads)
-        if rest:
+        if rest or layers < 1:
             return None
         inner = hidden * preset.intermediate_size / preset.hidden_size
         changes = {
@@ -39,46 +41,44 @@ class Family:
             "hidden_size": hidden,
             "intermediate_size": max(1, round(inner / self._multiple)) * self._multiple,
             "num_heads": heads,
-            "num_kv_heads": heads * preset.num_kv_heads // preset.num_heads,
+            "num_kv_heads": self._key_value_heads(heads),
         }
         try:
             return ModelConfig.model_validate(preset.model_dump() | changes)
-        except ValueError:  # a plan of tied depths fits some depths alone
+        except ValueError:
             return None
 
     def nearest(self, size: str, target: float) -> ModelConfig:
         """The shape whose count `size` (total, non_embedding or active) is nearest to the target in logarithms, near
         the preset's proportions. ValueError where none is within a factor of 2."""
         best, worth = None, math.log(2)
-        for heads, layers in self._rungs():
-            middle = self._count(heads, layers, size)
-            if middle is None or not 1 / 4 < middle / target < 4:
-                if middle is not None and middle > 4 * target:
-                    break
+        for heads, layers in self._rungs(STEPS):
+            middle = self._around(heads, layers)
+            if middle is None:
                 continue
-            for depth in range(max(1, math.ceil(layers * SHALLOWEST)), max(1, math.floor(layers * DEEPEST)) + 1):
-                found = self._count(heads, depth, size)
-                if found is None:
-                    continue
-                off = abs(math.log(found / target)) + LENGTHENING * abs(math.log(depth / layers))
+            here = getattr(count(middle), size)
+            if here > 4 * target:
+                break
+            if here < target / 4:
+                continue
+            for model in self._depths(middle, layers, size, target):
+                off = abs(math.log(getattr(count(model), size) / target))
+                off += LENGTHENING * abs(math.log(model.num_layers / layers))
                 if off < worth:
-                    best, worth = (heads, depth), off
+                    best, worth = model, off
         if best is None:
-            smallest = next(filter(None, (self._count(*rung, size) for rung in self._rungs())), None)
-            least = f"; its smallest is {smallest:,}" if smallest else ""
+            smallest = next(filter(None, (self._around(*rung) for rung in self._rungs(1))), None)
+            least = f"; its smallest has {getattr(count(smallest), size):,}" if smallest else ""
             raise ValueError(f"no shape of the preset's family has about {target:,.0f} {size} parameters{least}")
-        return self.shape(*best)
+        return best
 
     def flops_per_token(self, size: str, seq_len: int) -> Callable[[np.ndarray], np.ndarray]:
         """FLOPs of a token as a function of size, (n,) of (n,): between shapes a power, beyond them in proportion."""
-        found = []
-        for heads, layers in self._rungs(doubling=True):
-            model = self.shape(heads, layers)
-            if model is not None:
-                found.append((getattr(count(model), size), flops_per_token(model, seq_len)))
-        if not found:
+        models = [model for rung in self._rungs(2) if (model := self._around(*rung)) is not None]
+        if not models:
             raise ValueError("the preset's family has no shape of its proportions")
-        sizes, flops = np.log(np.array(found, dtype=float)).T
+        found = [(getattr(count(model), size), flops_per_token(model, seq_len)) for model in models]
+        sizes, flops = np.log(np.array(sorted(found), dtype=float)).T
 
         def interpolated(wanted: np.ndarray) -> np.ndarray:
             log = np.log(wanted)
@@ -87,13 +87,37 @@ class Family:
 
         return interpolated
 
-    def _rungs(self, doubling: bool = False) -> Iterator[tuple[int, int]]:
-        """Heads, and the depth of the preset's proportions, from the narrowest on."""
-        heads, preset = self._unit, self._preset
+    def _key_value_heads(self, heads: int) -> int:
+        """Of those that divide the heads and that the tensor-parallel degree divides, the nearest to the preset's
+        share."""
+        wanted = heads * self._preset.num_kv_heads / self._preset.num_heads
+        fitting = [n for n in range(self._tensor, heads + 1, self._tensor) if heads % n == 0]
+        return min(fitting, key=lambda each: abs(math.log(each / wanted)), default=heads)
+
+    def _rungs(self, steps: int) -> Iterator[tuple[int, int]]:
+        """Heads, and the depth of the preset's proportions, from the narrowest on, about `steps` to each doubling."""
+        heads, preset = self._tensor, self._preset
         while heads * preset.head_dim <= LARGEST:
             yield heads, max(1, round(preset.num_layers * heads / preset.num_heads))
-            heads += heads if doubling else self._unit
+            grain = self._tensor
+            while grain * 2 * steps <= heads:
+                grain *= 2
+            heads += grain
 
-    def _count(self, heads: int, layers: int, size: str) -> int | None:
-        model = self.shape(heads, layers)
-        return None if model is None else getattr(count(model), size)
+    def _around(self, heads: int, layers: int) -> ModelConfig | None:
+        """A shape of about so many layers."""
+        return next((model for shift in NEAR if (model := self.shape(heads, layers + shift)) is not None), None)
+
+    def _depths(self, middle: ModelConfig, layers: int, size: str, target: float) -> Iterator[ModelConfig]:
+        """Shapes of this width whose size is near the target: it grows evenly with depth."""
+        deeper = self._around(middle.num_heads, 2 * middle.num_layers)
+        if deeper is None:
+            return
+        here, there = (getattr(count(each), size) for each in (middle, deeper))
+        each = (there - here) / (deeper.num_layers - middle.num_layers)
+        low = max(1, min(math.ceil(layers * SHALLOWEST), layers - 1))
+        high = max(math.floor(layers * DEEPEST), layers + 1)
+        best = min(max(round(middle.num_layers + (target - here) / each), low), high)
+        for depth in {best + shift for shift in NEAR}:
+            if low <= depth <= high and (model := self.shape(middle.num_heads, depth)) is not None:
+                yield model

@@ -119,11 +119,12 @@ def test_the_nearest_shape_is_near_and_of_the_family(target, size):
         target += 2 * 32000 * 512
     found = Family(LLAMA).nearest(size, target)
     assert getattr(count(found), size) == pytest.approx(target, rel=0.3 if found.num_heads < 32 else 0.05)
-    assert (found.head_dim, found.num_heads // found.num_kv_heads, found.vocab_size) == (64, 8, 32000)
+    assert (found.head_dim, found.vocab_size) == (64, 32000)
+    assert found.num_heads < 8 or 4 <= found.num_heads / found.num_kv_heads <= 16
     assert found.hidden_size == found.num_heads * 64
     assert found.intermediate_size / found.hidden_size == pytest.approx(2.75, rel=0.13)
     nominal = max(1, round(22 * found.hidden_size / 2048))
-    assert nominal * 0.7 <= found.num_layers <= nominal * 1.34 + 1
+    assert nominal * 0.7 - 1 <= found.num_layers <= nominal * 1.34 + 1
 
 
 def test_a_family_has_its_preset():
@@ -333,7 +334,7 @@ def test_what_no_layout_holds_is_refused_with_the_least_that_would(tmp_path, pre
     path, target = write_laws(tmp_path, *small_fits()), Target(params=3e5, tokens=4e6)
     with pytest.raises(ValueError, match=r"alone need \d+ devices of 0.001 GiB, and there are 1"):
         make_plan_of(path, target, open_preset(preset, []), Machine(1, 1e-3))
-    weights = 16 * 4e5 / 2**30
+    weights = 16.1 * count(make_plan_of(path, target, open_preset(preset, [])).config.model).total / 2**30
     with pytest.raises(ValueError, match="no layout on 1 devices"):
         make_plan_of(path, target, open_preset(preset, []), Machine(1, weights))
 
