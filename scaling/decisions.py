@@ -1,4 +1,4 @@
-"""What the fitted laws decide for a target: sizes, learning rate, batch and loss, their intervals and what they risk."""
+"""What fitted laws decide for a target: sizes, learning rate, batch and loss, their intervals and what they risk."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
