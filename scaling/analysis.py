@@ -1,4 +1,4 @@
-"""From a table of runs to a report: which rows, which laws, how well they tell held-out runs, decisions."""
+"""From a table of runs to all that a report says: which rows, which laws, how they tell held-out runs, decisions."""
 
 import platform
 from collections.abc import Callable, Mapping, Sequence

@@ -15,12 +15,13 @@ from scaling.results import Fit, HeldOut, Verdict
 from scaling.selection import Choice, choose
 from scaling.table import RunTable, column_of
 
-COMPARED = 3
-"""Laws that are fitted where none is asked for: the chosen one, and the next by held-out error."""
+COMPARED = 2
+"""Laws that are fitted where none is asked for: the chosen one, and the next by held-out error. Of all others the
+hold-out is told."""
 KEPT = ("total", "non_embedding", "active", "lr", "batch_tokens", "seed")
 """What is equal along a run."""
-FEWER = 200
-"""Replicates of those that were not chosen."""
+FEWER_STARTS, FEWER_REPLICATES = 24, 100
+"""Of the law that was not chosen: it is there to compare with."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def fit_losses(
             picks = _simplest(table, rows, named, sizes)
     compared = rows if choice is None else choice.rows
     fits = [
-        _fit(table.where(compared), pick, replicates if not place or named else min(replicates, FEWER), seed)
+        _fit(table.where(compared), pick, replicates, seed)
+        if not place or named
+        else _fit(table.where(compared), pick, min(replicates, FEWER_REPLICATES), seed, FEWER_STARTS)
         for place, pick in enumerate(picks)
     ]
     if choice is not None:
@@ -97,7 +100,7 @@ def _ordered(choice: Choice | None) -> tuple[HeldOut, ...]:
     return tuple(sorted(choice.held_out, key=lambda each: rank[each.law, each.size]))
 
 
-def _fit(runs: RunTable, pick: _Pick, replicates: int, seed: int) -> Fit:
+def _fit(runs: RunTable, pick: _Pick, replicates: int, seed: int, starts: int = 200) -> Fit:
     x = with_defaults(runs, pick.size)
     law = find(pick.law)
     return fit(
@@ -106,6 +109,7 @@ def _fit(runs: RunTable, pick: _Pick, replicates: int, seed: int) -> Fit:
         runs.numbers("loss"),
         size=pick.size,
         clusters=clusters_of(runs),
+        starts=starts,
         replicates=replicates,
         seed=seed,
         fixed=pick.fixed,

@@ -16,6 +16,7 @@ from scaling.report import figures, html
 from tests.published import published
 
 ROOT = Path(__file__).parents[2]
+HEAD = "params,tokens,loss\n"
 
 
 def write_losses(path: Path, ratio: float | None = None, **columns) -> Path:
@@ -39,7 +40,7 @@ def files(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp("fit")
-    table = write_losses(folder / "runs.csv", name=["<b>bold</b>"] * 25)
+    table = write_losses(folder / "runs.csv", name=[f"<b>bold</b> {row}" for row in range(25)])
     code = run(
         table, "--columns", "loss=final", "--law", "chinchilla", "--target", "N=3B,D=60B", "--out", folder / "out"
     )
@@ -119,13 +120,7 @@ def test_bad_input_has_code_2_one_message_and_writes_nothing(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "",
-        "a\n",
-        "params,tokens,loss\n",
-        "params,tokens,loss\n1e8,1e9,nan\n1e8,2e9,inf\n",
-        "params,tokens,loss\n1e8,1e9,-3\n",
-    ],
+    ["", "a\n", HEAD, f"{HEAD}1e8,1e9,nan\n1e8,2e9,inf\n", f"{HEAD}1e8,1e9,-3\n"],
     ids=["empty", "one cell", "no rows", "no finite loss", "negative loss"],
 )  # fmt: skip
 def test_tables_of_nothing_have_code_2(tmp_path, capsys, content):
