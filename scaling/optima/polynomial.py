@@ -1,7 +1,8 @@
 """A convex quadratic or cubic through the losses of one cell, its vertex and how sure that is."""
 
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import permutations, product
+from math import factorial
 
 import numpy as np
 
@@ -121,26 +122,31 @@ def _stationary(coefficients: np.ndarray, powers: np.ndarray, u: np.ndarray) -> 
 
     Exact after one step for a quadratic. Of a cubic only a minimum within the range of the runs counts.
     """
-    d = u.shape[1]
+    slope, bend, twist = _derivatives(coefficients, powers)
     quadratic = powers.sum(axis=1).max() == 2
-    at = u[[np.argmin(terms(u, powers) @ coefficients)]]
+    at = u[np.argmin(terms(u, powers) @ coefficients)]
     for _ in range(1 if quadratic else NEWTON):
-        gradient, h = _derivatives(coefficients, powers, at)
-        if np.linalg.matrix_rank(h) < d:
+        h = bend + twist @ at
+        try:
+            step = np.linalg.solve(h, slope + bend @ at + twist @ at @ at / 2)
+        except np.linalg.LinAlgError:
             return None
-        step = np.linalg.solve(h, gradient)
         at = at - step
         if np.abs(step).max() < 1e-10 or not np.isfinite(at).all():
             break
-    h = _derivatives(coefficients, powers, at)[1]
+    h = bend + twist @ at
     if quadratic:
-        return at[0], h
-    inside = ((at[0] >= u.min(axis=0)) & (at[0] <= u.max(axis=0))).all()
-    return (at[0], h) if inside and np.abs(step).max() < 1e-6 and (np.linalg.eigvalsh(h) > 0).all() else None
+        return (at, h) if np.isfinite(at).all() else None
+    inside = ((at >= u.min(axis=0)) & (at <= u.max(axis=0))).all()
+    return (at, h) if inside and np.abs(step).max() < 1e-6 and (np.linalg.eigvalsh(h) > 0).all() else None
 
 
-def _derivatives(coefficients: np.ndarray, powers: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    d = at.shape[1]
-    gradient = np.array([(terms(at, powers, (i,)) @ coefficients)[0] for i in range(d)])
-    h = np.array([[(terms(at, powers, (i, j)) @ coefficients)[0] for j in range(d)] for i in range(d)])
-    return gradient, h
+def _derivatives(coefficients: np.ndarray, powers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First, second and third derivatives at the origin, (d,), (d, d) and (d, d, d)."""
+    d = powers.shape[1]
+    found = [np.zeros((d,) * order) for order in (1, 2, 3)]
+    for value, power in zip(coefficients[1:], powers[1:], strict=True):
+        axes = [axis for axis in range(d) for _ in range(power[axis])]
+        for place in set(permutations(axes)):
+            found[len(axes) - 1][place] = value * np.prod([factorial(each) for each in power])
+    return found[0], found[1], found[2]

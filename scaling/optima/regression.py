@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 FREEDOM = 4.0
 """Of Student's t, by which an optimum far from the law counts less."""
-ITERATIONS, TOLERANCE = 200, 1e-6
+ITERATIONS, TOLERANCE = 200, 1e-5
 
 
 @dataclass(frozen=True)
