@@ -23,6 +23,11 @@ ROUGH = 1e-4
 """Tolerance of the fits on the way to the objective's own threshold."""
 MARQUARDT = 1e-3
 """Times the damping beyond 1 is the share of the metric that is added."""
+BENDS = 3
+"""Gauss-Newton steps back to the line that a step followed, before a shorter one is tried."""
+BENT = 0.3
+"""Distance from that line, as a share of the predicted reduction, below which it is not the law's bending that made the
+step go uphill."""
 RIDGE = 1e-11
 """Of the diagonal, for problems whose parameters are not identified."""
 
@@ -89,7 +94,8 @@ class _Work:
         self.low, self.high = np.where(free, low, -np.inf), np.where(free, high, np.inf)
         self.number, self.targets, self.weights = np.arange(len(starts)), targets, weights
         self.coordinates = np.clip(starts, self.low, self.high)
-        self.residuals, self.slopes = self.evaluate(self.coordinates)
+        values, slopes = law.evaluate(self.coordinates, x)
+        self.residuals, self.slopes = targets - values, slopes.swapaxes(1, 2)
         usable = self.slopes[np.isfinite(self.slopes).all(axis=(1, 2))]
         self.metric = (usable @ usable.swapaxes(1, 2)).mean(axis=0) / usable.shape[2]
         goal = objective.threshold(self.residuals, weights)
@@ -114,10 +120,6 @@ class _Work:
             if settled.mean() > 0.2:
                 self.keep(~settled)
 
-    def evaluate(self, coordinates):
-        values, slopes = self.law.evaluate(coordinates, self.x)
-        return self.targets - values, slopes.swapaxes(1, 2)
-
     def losses(self, residuals):
         return (self.weights * huber(residuals, self.threshold[:, None])).sum(axis=-1)
 
@@ -126,20 +128,52 @@ class _Work:
             setattr(self, name, getattr(self, name)[kept])
 
     def advance(self) -> np.ndarray:
-        """One step of each, taken where it goes downhill; the reduction that was predicted, (S,)."""
-        step, predicted = self.step()
-        trial = np.clip(self.coordinates + step, self.low, self.high)
-        residuals, slopes = self.evaluate(trial)
-        losses = self.losses(residuals)
-        better = losses < self.loss
-        self.coordinates[better], self.residuals[better] = trial[better], residuals[better]
-        self.slopes[better], self.loss[better] = slopes[better], losses[better]
+        """One step of each, taken where it goes downhill; the reduction that was predicted, (S,).
+
+        Where it does not, the law may have bent away from the line that was followed: along the valley of parameters
+        that compensate each other it does so soon. Then predictions are brought back to the line's, and tried again.
+        """
+        curvature, matrix, downhill, held = self.model()
+        step = self.inside(matrix, downhill, held)
+        predicted = (downhill * step).sum(axis=-1) - (step[:, None] @ matrix @ step[..., None])[:, 0, 0] / 2
+        line = self.residuals - (step[:, None] @ self.slopes)[:, 0]
+        better = np.zeros(len(step), bool)
+        which, trial = np.arange(len(step)), self.coordinates + step
+        for _ in range(1 + BENDS):
+            good, residuals, slopes = self.attempt(which, trial)
+            better[which[good]] = True
+            away = residuals - line[which]
+            bent = ~good & ((curvature[which] * away**2).sum(axis=-1) > BENT * predicted[which])
+            which, trial = which[bent], trial[bent]
+            if not len(which):
+                break
+            trial += self.back(which, trial, curvature[which], away[bent], slopes[bent])
         self.damping = np.where(better, np.maximum(self.damping / 8, 1e-5), self.damping * self.growth)
         self.growth = np.where(better, 4.0, 2 * self.growth)
         return predicted
 
-    def step(self) -> tuple[np.ndarray, np.ndarray]:
-        """The step of each (S, K), and the reduction of the objective that it would bring to a quadratic one, (S,)."""
+    def attempt(self, which, trial) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Moves these problems where that is downhill; which did, and the residuals and slopes at all trials."""
+        values, slopes = self.law.evaluate(trial, self.x)
+        residuals, slopes = self.targets[which] - values, slopes.swapaxes(1, 2)
+        losses = (self.weights[which] * huber(residuals, self.threshold[which, None])).sum(axis=-1)
+        good = losses < self.loss[which]
+        taken = which[good]
+        self.coordinates[taken], self.residuals[taken] = trial[good], residuals[good]
+        self.slopes[taken], self.loss[taken] = slopes[good], losses[good]
+        return good, residuals, slopes
+
+    def back(self, which, trial, curvature, away, slopes) -> np.ndarray:
+        """The step (S, K) from the trials that takes `away`, (S, n), off the residuals in least squares."""
+        low, high = self.low[which], self.high[which]
+        matrix = (slopes * curvature[:, None]) @ slopes.swapaxes(1, 2)
+        pull = (slopes @ (curvature * away)[..., None])[..., 0]
+        held = ~self.free[which] | (trial <= low) | (trial >= high)
+        return np.clip(trial + _solve(matrix, pull, held, np.zeros_like(pull)), low, high) - trial
+
+    def model(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the objective: the rows' weights in its second derivative (S, n), that (S, K, K), the downhill gradient
+        (S, K), and which coordinates are held, as not free or at a bound that the gradient points beyond (S, K)."""
         absolute, threshold = np.abs(self.residuals), self.threshold[:, None]
         ratio = np.minimum(threshold / np.maximum(absolute, 1e-300), 1)
         downhill = (self.slopes @ (self.weights * ratio * self.residuals)[..., None])[..., 0]
@@ -148,14 +182,21 @@ class _Work:
         marquardt = MARQUARDT * np.maximum(self.damping - 1, 0) * curvature.sum(axis=-1)
         matrix += marquardt[:, None, None] * self.metric
         held = (self.coordinates <= self.low) & (downhill < 0) | (self.coordinates >= self.high) & (downhill > 0)
-        held |= ~self.free
-        downhill = np.where(held, 0, downhill)
-        matrix *= ~held[:, None] & ~held[..., None]
-        diagonal = np.einsum("skk->sk", matrix)
-        diagonal *= 1 + RIDGE
-        diagonal += np.where(diagonal > 0, 0, 1)
-        step = np.linalg.solve(matrix, downhill[..., None])[..., 0]
-        return step, (downhill * step).sum(axis=-1) / 2
+        return curvature, matrix, downhill, held | ~self.free
+
+    def inside(self, matrix, downhill, held) -> np.ndarray:
+        """The minimum (S, K) of the quadratic within the bounds: what would leave them stops there, and the others are
+        solved for again, since they were to compensate for all of its step."""
+        low, high = self.low - self.coordinates, self.high - self.coordinates
+        step = _solve(matrix, downhill, held, np.zeros_like(downhill))
+        for _ in range(step.shape[1]):
+            beyond = (step < low) | (step > high)
+            again = np.flatnonzero(beyond.any(axis=-1))
+            if not len(again):
+                break
+            held = held | beyond
+            step[again] = _solve(matrix[again], downhill[again], held[again], np.clip(step, low, high)[again])
+        return np.clip(step, low, high)
 
     def ease(self, settled) -> np.ndarray:
         """Lowers the threshold of the settled problems towards the objective's; which of them had not reached it."""
@@ -169,3 +210,14 @@ class _Work:
         self.damping[settled] = np.where(eased, 0.1, self.damping[settled])
         self.loss = self.losses(self.residuals)
         return eased
+
+
+def _solve(matrix: np.ndarray, downhill: np.ndarray, held: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """The minimum of s'Hs / 2 - g's where the held coordinates of s are those of `step`: all (S, K), H (S, K, K)."""
+    fixed = np.where(held, step, 0)
+    pull = np.where(held, 0, downhill - (matrix @ fixed[..., None])[..., 0])
+    matrix = matrix * (~held[:, None] & ~held[..., None])
+    diagonal = np.einsum("skk->sk", matrix)
+    diagonal *= 1 + RIDGE
+    diagonal += np.where(diagonal > 0, 0, 1)
+    return fixed + np.linalg.solve(matrix, pull[..., None])[..., 0]

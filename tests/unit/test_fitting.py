@@ -231,6 +231,16 @@ def test_a_floor_far_below_the_losses_is_known_badly():
     assert {"interval", "bound"} & codes(found)
 
 
+def test_starts_find_the_end_of_a_bent_valley():
+    """With hardly a floor in the rows, E, A and alpha compensate each other from E = 1 down to its bound."""
+    x = {"N": np.tile(np.geomspace(6e7, 1.1e9, 7), 6), "D": np.repeat(np.geomspace(2e9, 1e11, 6), 7)}
+    truth = {"E": -0.3, "A": 7.0, "B": 430.0, "alpha": 0.05, "beta": 0.3}
+    found = fit(CHINCHILLA, x, losses(x, 0.004, truth=truth), size="total", replicates=300)
+    assert found.details["best_share"] > 0.9
+    assert found.parameters["E"].value < 0.1
+    assert found.parameters["E"].high > 0.3
+
+
 def test_outliers_part_the_estimators():
     x = grid()
     y = losses(x, 0.001)
