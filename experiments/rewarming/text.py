@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "torch")
+PACKAGES = ("numpy", "scipy", "pandas", "matplotlib")
 FOLDER = dict.fromkeys(("cpu", "smoke"), "data/experiments/documentation-512")
 """Where its token files lie, of the sizes that make them."""
 TOKENIZER = "data/experiments/stdlib-512"
 """The first text's: it has to be the same one."""
-LEAST = 1_000
+LEAST = 2_000
 """Characters that a document has at least."""
 
 
@@ -39,7 +39,7 @@ def documents() -> Iterator[str]:
     folders = [library, *(Path(spec.origin).parent for name in PACKAGES if (spec := importlib.util.find_spec(name)))]
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
-            if folder == library and "site-packages" in path.parts:
+            if "tests" in path.parts or (folder == library and "site-packages" in path.parts):
                 continue
             text = docstrings(path)
             if len(text) >= LEAST:
@@ -52,6 +52,13 @@ def docstrings(path: Path) -> str:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return "\n\n".join(each for each in found if each)
+    return "\n\n".join(text for node in definitions(tree) if (text := ast.get_docstring(node)))
+
+
+def definitions(node: ast.AST) -> Iterator[ast.AST]:
+    """A module and what it defines at its own level, with what its classes define; the inside of functions is code."""
+    yield node
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for each in node.body:
+            if isinstance(each, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from definitions(each)
