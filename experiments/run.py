@@ -76,15 +76,18 @@ def load(name: str) -> ModuleType:
 
 
 def prepare(experiment: ModuleType, size: str) -> None:
-    """Make the token files of an experiment, unless they are there; `DATA[size]` are arguments of launch/prepare.py."""
+    """Make the token files of an experiment, unless they are there; `DATA[size]` are arguments of launch/prepare.py,
+    and an experiment with a second text has a `prepare(size)` of its own for it."""
     *arguments, folder = experiment.DATA[size]
-    if Path(folder, "preparation.json").exists():
-        return
-    if not arguments:
-        raise ValueError(f"{folder} has no preparation.json; see experiments/{experiment.NAME}/README.md for the data")
-    command = [sys.executable, "launch/prepare.py", *arguments, "--out", folder]
-    if code := subprocess.run(command, check=False).returncode:
-        raise ValueError(f"preparing {folder} ended with code {code}")
+    if not Path(folder, "preparation.json").exists():
+        if not arguments:
+            where = f"experiments/{experiment.NAME}/README.md"
+            raise ValueError(f"{folder} has no preparation.json; see {where} for the data")
+        command = [sys.executable, "launch/prepare.py", *arguments, "--out", folder]
+        if code := subprocess.run(command, check=False).returncode:
+            raise ValueError(f"preparing {folder} ended with code {code}")
+    if hasattr(experiment, "prepare"):
+        experiment.prepare(size)
 
 
 @dataclass
