@@ -45,18 +45,17 @@ def arm(name: str, kind: str, cell: Cell, lr: float, seed: int) -> Arm:
 
 def contenders(name: str) -> dict[str, Contender]:
     """Of each cell: `wsd` at its own best rate; `wsd-carried` and `power` as they are best at the calibration cell."""
-    lr = SIZES[name].lr
-    leaders = {
-        "wsd-carried": Contender("wsd-carried", partial(arm, name, "wsd", CALIBRATION), lr),
-        "power": Contender("power", partial(arm, name, "power", CALIBRATION), lr),
-    }
-    found = {}
-    for cell in cells():
-        found[label("wsd", cell)] = Contender(label("wsd", cell), partial(arm, name, "wsd", cell), lr)
-        for kind, leader in leaders.items():
-            make = partial(arm, name, kind.removesuffix("-carried"), cell)
-            found[label(kind, cell)] = Contender(label(kind, cell), make, lr, leader)
-    return found
+
+    def side(kind: str, cell: Cell, leader: Contender | None = None) -> Contender:
+        make = partial(arm, name, kind.removesuffix("-carried"), cell)
+        return Contender(label(kind, cell), make, SIZES[name].lr, leader)
+
+    found = {label("wsd", cell): side("wsd", cell) for cell in cells()}
+    power = side("power", CALIBRATION)
+    leaders = {"wsd-carried": found[label("wsd", CALIBRATION)], "power": power}
+    for kind, leader in leaders.items():
+        found |= {label(kind, cell): side(kind, cell, leader) for cell in cells()}
+    return found | {power.label: power}
 
 
 def arms(name: str, results: Results) -> list[Arm]:
