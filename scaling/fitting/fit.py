@@ -1,6 +1,6 @@
 """One law fitted to rows: its optimum, intervals, and verdicts on how far they can be trusted."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,10 +60,10 @@ def fit(
         *identifiability.of_estimators(estimates, others, fixed),
     )
     failures = {each.code for each in verdicts if each.level == "failure"}
-    if "rows" in failures:
-        estimates = _estimates(law, found.optima[0], draws.coordinates[:0], fixed)
-    elif "condition" in failures:
-        estimates = {name: _widened(each, profiles.get(name)) for name, each in estimates.items()}
+    if failures & {"rows", "span", "collinear", "condition"}:
+        names = np.array([each.name for each in law.parameters])[free]
+        loose = names if "rows" in failures else names[identifiability.undetermined(slopes[:, free])]
+        estimates = _widened(estimates, profiles, loose)
     return Fit(
         law=law.name,
         size=size,
@@ -145,11 +145,16 @@ def _estimates(law: Law, best: np.ndarray, draws: np.ndarray, fixed: Mapping[str
     return found
 
 
-def _widened(found: Estimate, profile: tuple[float, float] | None) -> Estimate:
-    """To the profile's interval as well: refits that start at one point of a valley do not tell how long it is."""
-    if profile is None:
-        return found
-    return replace(found, low=min(found.low, profile[0]), high=max(found.high, profile[1]))
+def _widened(
+    estimates: Mapping[str, Estimate], profiles: Mapping[str, tuple[float, float]], loose: Collection[str]
+) -> dict[str, Estimate]:
+    """Without ends for loose parameters, and to the profile's interval for others: refits that start at one point of a
+    valley do not tell how long it is."""
+    found = {}
+    for name, each in estimates.items():
+        low, high = (-np.inf, np.inf) if name in loose else profiles.get(name, (each.value, each.value))
+        found[name] = replace(each, low=min(each.low, low), high=max(each.high, high))
+    return found
 
 
 def _other_estimators(

@@ -13,6 +13,8 @@ SPAN = (1.5, 3.0)
 """Largest over smallest of an input, below which its exponent is not or hardly identified."""
 CONDITION = (1e7, 1e5)
 """Of the Jacobian with columns of unit norm."""
+TAKES_PART = 1e-3
+"""Component of a parameter in a direction that has no effect on the rows."""
 FLOOR = (0.5, 0.25)
 """Width of the interval of the irreducible loss, as a share of the lowest loss."""
 EXPONENT = 1.0
@@ -75,6 +77,15 @@ def condition(slopes: np.ndarray) -> float:
         return float("inf")
     singular = np.linalg.svd(slopes / norms, compute_uv=False)
     return float(singular[0] / singular[-1]) if singular[-1] > 0 else float("inf")
+
+
+def undetermined(slopes: np.ndarray) -> np.ndarray:
+    """Which parameters, (K,) of bool, may change together without any effect on the rows, from the Jacobian (n, K)."""
+    norms = np.linalg.norm(slopes, axis=0)
+    _, singular, directions = np.linalg.svd(slopes / np.where(norms > 0, norms, 1))
+    singular = np.pad(singular, (0, len(norms) - len(singular)))
+    empty = directions[singular * CONDITION[0] < singular[0]]
+    return (np.abs(empty) > TAKES_PART).any(axis=0)
 
 
 def of_intervals(
