@@ -73,7 +73,7 @@ def cells(table: RunTable, size: str, *, at_batch: bool = False) -> tuple[Cell, 
     lr, batch = numbers.get("lr", unknown), numbers.get("batch_tokens", unknown)
     placed = finished | diverged
     for name in {size, "tokens", "lr", "batch_tokens"} & set(numbers):
-        placed &= numbers[name] > 0
+        placed &= (numbers[name] > 0) & np.isfinite(numbers[name])
     found = []
     for rows in _groups(
         [levels(numbers[name]) for name in (size, "tokens", *(["batch_tokens"] if at_batch else []))], placed

@@ -128,7 +128,7 @@ def _described(fitting: _Fitting, solution: Solution, method: str) -> Fit:
         "seed": fitting.seed,
     }
     if method == "pooled":
-        near = near_optimal(fitting.grid)
+        near = near_optimal(fitting.grid, law.quantity)
         drawn = row_bootstrap(near, law, fitting.size, fitting.replicates, fitting.seed)
         details["row_bootstrap"] = {"mean": drawn.mean(axis=0).tolist(), "sd": drawn.std(axis=0).tolist()}
     return Fit(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.laws.powers import PowerLaw
-from scaling.optima.cells import Cell, inputs
+from scaling.optima.cells import Cell, inputs, levels
 from scaling.optima.regression import cluster_weights, least_squares, row_weights, widened
 from scaling.optima.vertices import Solution
 
@@ -27,9 +27,13 @@ class NearOptimal:
     batch_tokens: np.ndarray
 
 
-def near_optimal(cells: Sequence[Cell], near: float = NEAR) -> NearOptimal:
-    """The runs whose loss exceeds their cell's lowest by no more than a share `near`."""
-    told = tuple(each for each in cells if len(each))
+def near_optimal(cells: Sequence[Cell], quantity: str, near: float = NEAR) -> NearOptimal:
+    """The runs whose loss exceeds their cell's lowest by no more than a share `near`, of cells in which lr, or
+    batch_tokens, varies: a run alone is not near anything. ValueError if it varies in none."""
+    axes = [each.lr if quantity == "lr" else each.batch for each in cells]
+    told = tuple(each for each, axis in zip(cells, axes, strict=True) if len(each) and levels(axis).max() > 0)
+    if not told:
+        raise ValueError(f"{quantity} varies within no cell; the pooled method needs runs to choose among")
     kept = [each.loss <= each.loss.min() * (1 + near) for each in told]
     number = np.repeat(np.arange(len(told)), [each.sum() for each in kept])
     lr = np.concatenate([each.lr[rows] for each, rows in zip(told, kept, strict=True)])
@@ -56,11 +60,13 @@ def by_pooling(
     cells: Sequence[Cell], law: PowerLaw, size: str, replicates: int, seed: int, near: float = NEAR
 ) -> Solution:
     """Least squares of the pooled rows, its draws by a bootstrap of cells."""
-    found = near_optimal(cells, near)
+    found = near_optimal(cells, law.quantity, near)
     design, y = regression(found, law, size)
     point = least_squares(design, y, np.ones((1, len(y))))[0]
-    draws = least_squares(design, y, cluster_weights(found.cell, replicates, seed))
+    settings = [tuple(v for k, v in each.values.items() if k != "batch_tokens") for each in found.cells]
+    cluster = np.array([settings.index(settings[number]) for number in found.cell])
+    draws = least_squares(design, y, cluster_weights(cluster, replicates, seed))
     residuals = y - design @ point
     means = np.bincount(found.cell, residuals) / np.bincount(found.cell)
     scatter = float(np.sqrt(np.mean(means**2)))
-    return Solution(point, widened(draws, point, found.cell[-1] + 1), residuals, scatter, design)
+    return Solution(point, widened(draws, point, len(set(cluster))), residuals, scatter, design)

@@ -272,6 +272,35 @@ def test_other_windows_and_methods_are_compared():
     assert len(fit.details["others"]["window"]) == 2
 
 
+@pytest.mark.parametrize("method", ["vertices", "pooled", "surface"])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"lr": [1e-3]},
+        {"lr": [1e-3, 2e-3], "loss": [np.nan, np.inf]},
+        {"lr": [1e-3, 2e-3], "loss": [-1.0, -2.0]},
+        {"lr": [np.inf, 0.0, -1.0]},
+        {"lr": [1e-3] * 5},
+        {"lr": [1e-3, 2e-3, 3e-3], "status": ["killed"] * 3},
+    ],
+)
+def test_tables_that_tell_no_optimum_are_refused(columns, method):
+    with pytest.raises(ValueError, match="optim"):
+        fit_optima(table(**columns), "step_law_lr", size=SIZE, method=method)
+
+
+def test_optima_that_all_lie_beyond_their_grids_identify_nothing():
+    made = ladder(0, edges=20)
+    fit = fit_optima(find_bowls(made.table, SIZE), "step_law_lr", size=SIZE, replicates=20)
+    assert codes(fit)["edge"] == "failure" and np.isfinite(fit.coordinates).all()
+
+
+def test_one_size_and_its_tokens_give_a_law_that_is_not_identified():
+    made = ladder(0, sizes=(1e8,), edges=0)
+    fit = fit_optima(find_bowls(made.table, SIZE), "step_law_lr", size=SIZE, replicates=20)
+    assert not fit.identified and codes(fit)["condition"] == "failure"
+
+
 # decisions
 
 
