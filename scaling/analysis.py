@@ -11,9 +11,12 @@ import pandas as pd
 from scaling import decisions, frontier
 from scaling.candidates import SIZES
 from scaling.columns import DIVERGED
+from scaling.fitting import fit
 from scaling.gates import select
+from scaling.growth_optima import LEAST_TIMES, growth_optima
 from scaling.inputs import compute
 from scaling.laws import find
+from scaling.laws.law import Law
 from scaling.loss_laws import fit_losses, fit_rows
 from scaling.optima.cells import levels
 from scaling.optimum_laws import find_optima
@@ -23,8 +26,10 @@ from scaling.table import RunTable
 APART = ("tokens", "unique_tokens", "streams", "recurrences", "once", "recurrent", "parent_tokens")
 TEXTS_APART = ("loss_kind", "data", "tokenizer")
 """What a loss may depend on beside the size: runs that have it equal and differ in lr or batch are one cell."""
-ON_ROWS = ("critical_batch", "timescale", "growth_tokens")
+ON_ROWS = ("critical_batch", "timescale")
 """Quantities that each run has a measurement of, in a column of that name."""
+GROWTH = "growth_tokens"
+"""Of which runs that grew at different times tell one measurement together."""
 Progress = Callable[[str], None]
 
 
@@ -69,6 +74,7 @@ def analyse(
     progress("decisions")
     runs = table.where(used)
     measured = [fit_rows(runs, law, sizes, replicates, seed) for law in asked if law.quantity in ON_ROWS]
+    measured += [_growth(table, used, law, chosen, replicates, seed) for law in asked if law.quantity == GROWTH]
     fits = (*losses.fits, *optima.fits, *measured)
     shared = constants(runs)
     options = {
@@ -90,6 +96,17 @@ def analyse(
         provenance={**provenance, "options": options, "versions": versions(), "fingerprint": table.fingerprint},
         fitted=() if (best == used).all() else tuple(int(each) for each in np.flatnonzero(best)),
     )
+
+
+def _growth(table: RunTable, used: np.ndarray, law: Law, size: str, replicates: int, seed: int) -> Fit:
+    """A law of when to grow, through the best times of the runs that grew. ValueError where they tell too few."""
+    x, best = growth_optima(table, used, size)
+    if len(best) < len(law.parameters):
+        raise ValueError(
+            f"law {law.name} needs the best growth times of {len(law.parameters)} sizes or budgets, each from "
+            f"{LEAST_TIMES} runs that grew at different times; these runs tell {len(best)}"
+        )
+    return fit(law, x, best, size=size, replicates=replicates, seed=seed)
 
 
 def _sizes(runs: RunTable, size: str | None) -> tuple[str, ...]:

@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scaling.analysis import analyse
 from scaling.fitting import LeastSquares, fit
 from scaling.growth_optima import growth_optima
 from scaling.laws import find
 from scaling.laws.growth_timing import PUBLISHED as TIMING
-from scaling.table import RunTable
+from scaling.table import RunTable, tidy
 from tests.published import published
 
 TRUTH = {
@@ -108,8 +109,8 @@ def test_parscale_gives_the_published_gain_and_predicts_more_streams(column, gai
     assert np.abs(errors).max() < 0.006 and abs(errors.mean()) < 0.002
 
 
-def test_the_timing_law_is_refitted_from_runs():
-    """Cells of equal N and C whose loss is lowest at the law's tokens, with noise."""
+def grown_runs() -> RunTable:
+    """Cells of equal N and C whose loss is lowest at the law's tokens, with noise; the last has it at an end."""
     generator, rows = np.random.default_rng(0), []
     for size in (4e8, 1.1e9, 3e9):
         for compute in (8e19, 2e20, 5e20, 1.2e21):
@@ -122,8 +123,12 @@ def test_the_timing_law_is_refitted_from_runs():
         {"total": 7e9, "flops": 1e21, "parent_tokens": tokens, "loss": tokens, "tokens": 1e11}
         for tokens in (1, 2, 3, 4)
     ]
-    table = RunTable(pd.DataFrame(rows))
-    x, optima = growth_optima(table, np.ones(len(rows), dtype=bool), "total")
+    return RunTable(tidy(pd.DataFrame(rows)))
+
+
+def test_the_timing_law_is_refitted_from_runs():
+    table = grown_runs()
+    x, optima = growth_optima(table, np.ones(len(table), dtype=bool), "total")
     assert len(optima) == 12, "the last cell has its lowest loss at an end"
     found = fit(find("growth_timing"), x, optima, size="total", objective=LeastSquares(), starts=32, replicates=200)
     assert found.parameters["a"].value == pytest.approx(0.88, abs=0.02)
@@ -131,3 +136,11 @@ def test_the_timing_law_is_refitted_from_runs():
     seven = found.predict({"N": np.array([7e9]), "C": np.array([6 * 7e9 * 2e12])})[0]
     assert seven == pytest.approx(11.11e9, rel=0.1)
     assert len(growth_optima(RunTable(pd.DataFrame({"loss": [2.0]})), np.ones(1, dtype=bool), "total")[1]) == 0
+
+
+def test_the_timing_law_can_be_asked_for_by_name():
+    found = analyse(grown_runs(), laws=["growth_timing"], size="total", replicates=50).best("growth_tokens")
+    assert found.rows == 12 and found.parameters["a"].value == pytest.approx(0.88, abs=0.05)
+    few = grown_runs()
+    with pytest.raises(ValueError, match="needs the best growth times of 3 sizes or budgets"):
+        analyse(few.where(np.arange(len(few)) < 8), laws=["growth_timing"], size="total", replicates=50)
