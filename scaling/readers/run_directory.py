@@ -12,7 +12,9 @@ import numpy as np
 
 from scaling.columns import DIVERGED, FINISHED, KILLED, RUNNING
 from scaling.curves import final_loss
+from scaling.readers.ancestry import Begun, begun
 from scaling.readers.histories import AT_END
+from scaling.readers.mixture import mixture
 from scaling.readers.rows import Row, Tail, changed_at, number, read_all, read_tail, rewritten, scan
 
 RECENT = 600.0
@@ -22,7 +24,8 @@ TRAINING = "train"
 ORIGINS = {
     "run": "run.json: name", "source": "its folder", "status": "events.jsonl", "labels": "noticed",
     "loss": "evaluations.jsonl at the end, else a smooth of metrics.jsonl", "loss_error": "AR(1) of the smooth",
-    "loss_kind": "which of these", "tokens": "metrics.jsonl, last", "steps": "metrics.jsonl, last",
+    "loss_kind": "which of these", "tokens": "metrics.jsonl, last, less those of ancestors that are other runs",
+    "parent_tokens": "run.json of it and its ancestors", "steps": "metrics.jsonl, last",
     "flops": "metrics.jsonl, last", "batch_tokens": "metrics.jsonl, last", "final_lr": "metrics.jsonl, last",
     "lr": "run.json: schedule.peak_lr", "data": "run.json: contents and proportions of the sources",
     "total": "run.json: counts of the last segment", "non_embedding": "run.json: counts of the last segment",
@@ -42,7 +45,7 @@ class Reading:
     sets: tuple[str, ...]
     """Held-out sets that it has a loss of."""
     digest: str
-    """SHA-256 of what was looked at: run.json, evaluations, events, and the end of metrics.jsonl."""
+    """SHA-256 of what was looked at: run.json, evaluations, events, the end of metrics.jsonl, and where it began."""
 
 
 def read(folder: Path, held_out: str | None = None, *, now: float) -> Reading:
@@ -62,11 +65,13 @@ def read(folder: Path, held_out: str | None = None, *, now: float) -> Reading:
     row["status"] = _status(folder, tail, events, identity, now, labels)
     losses = _losses(evaluations, row.get("tokens", float("nan")), identity)
     row |= _loss(tail, losses, held_out, labels)
-    row |= _parent(identity, labels)
+    beginning = begun(folder, identity)
+    row |= _parent(identity, beginning, row.get("tokens", float("nan")))
+    labels += beginning.labels
     row["unique_tokens"] = _unique(identity, row.get("tokens", float("nan")))
     labels += _noticed(folder, tail, events, identity, row)
     row["labels"] = "; ".join(dict.fromkeys(labels)) or None
-    read_bytes = b"\0".join((raw, eval_bytes, event_bytes, tail.read))
+    read_bytes = b"\0".join((raw, eval_bytes, event_bytes, tail.read, str(beginning).encode()))
     return Reading(row, str(identity.get("id", "")), tuple(losses), hashlib.sha256(read_bytes).hexdigest())
 
 
@@ -102,17 +107,6 @@ def described(identity: Row) -> Row:
         **_repeated(segment.get("model", {}), counts),
     }
     return {name: value for name, value in row.items() if value is not None}
-
-
-def mixture(data: Row) -> str | None:
-    """A fingerprint of the data's contents and proportions. Seed and sequence length, which the order's own has too,
-    are left out: runs that differ in them alone are of one mixture."""
-    sources = data.get("sources") or []
-    if not sources or not all("fingerprint" in each for each in sources):
-        return data.get("fingerprint")
-    whole = sum(each.get("weight", 1.0) for each in sources)
-    parts = sorted(f"{each['fingerprint']} {each.get('weight', 1.0) / whole:.12g}" for each in sources)
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def _identity(folder: Path) -> tuple[Row, bytes]:
@@ -266,14 +260,13 @@ def _loss(tail: Tail, losses: dict[str, float], held_out: str | None, labels: li
     return {"loss": smooth.value, "loss_error": smooth.error, "loss_kind": "training, smoothed"}
 
 
-def _parent(identity: Row, labels: list[str]) -> Row:
+def _parent(identity: Row, beginning: Begun, clock: float) -> Row:
+    """The parent, its tokens where it is another run, and those of this run alone, of all that the clock shows."""
     parent = identity.get("parent")
     if not isinstance(parent, dict):
         return {}
-    name, tokens, carry = parent.get("run") or parent.get("checkpoint"), parent.get("tokens"), parent.get("carry")
-    if carry == "all" and "branch_tokens" not in identity.get("schedule", {}):
-        labels.append("goes on with its parent's clock, so its tokens are both runs'")
-    return {"parent": name, "parent_tokens": tokens}
+    row = {"parent": parent.get("run") or parent.get("checkpoint"), "tokens": clock - beginning.clock}
+    return row | ({"parent_tokens": beginning.ancestors} if beginning.ancestors else {})
 
 
 def _unique(identity: Row, tokens: float) -> float:
