@@ -34,6 +34,10 @@ ORIGINS = {
 """Where columns come from that are not simply in run.json."""
 ENDS = {"finished": FINISHED, "diverged": DIVERGED}
 """Outcomes of a launch; all others are of a run that was stopped."""
+STOPPED_EARLY = "stopped_early"
+"""What a sweep writes after the end of a run that it stopped, with the rule and its reason."""
+HOPELESS = ("initial",)
+"""Rules of a sweep by which a run diverged: after the warm-up its loss stayed above that of its first step."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,8 @@ def _repeated(model: Row, counts: Row) -> Row:
 
 def _progress(folder: Path, tail: Tail, events: list[Row], known: Row) -> Row:
     """What was reached: tokens, steps, FLOPs, the last rate and batch."""
-    ends = [row.get("tokens", 0) for row in events[-1:] if row.get("event") == "run_end"]
+    told = [row for row in events if row.get("event") != STOPPED_EARLY]
+    ends = [row.get("tokens", 0) for row in told[-1:] if row.get("event") == "run_end"]
     row = {name: tail.last(name) for name in ("tokens", "flops", "batch_tokens")}
     row |= {"steps": tail.last("step"), "final_lr": tail.last("lr")}
     if ends and not row["tokens"] >= ends[-1]:
@@ -189,14 +194,10 @@ def _progress(folder: Path, tail: Tail, events: list[Row], known: Row) -> Row:
 
 
 def _status(folder: Path, tail: Tail, events: list[Row], identity: Row, now: float, labels: list[str]) -> str:
-    """By the last launch's end; of one without an end, whether it is still at work."""
+    """By the last launch's end, and by the sweep that stopped it; of one without an end, whether it is still at work."""
     starts = [k for k, row in enumerate(events) if row.get("event") in ("run_start", "resume")]
-    ends = [row for row in events[starts[-1] if starts else 0 :] if row.get("event") == "run_end"]
-    if ends:
-        outcome = str(ends[-1].get("outcome"))
-        if outcome not in ENDS:
-            labels.append(f"stopped: {outcome}")
-        return ENDS.get(outcome, KILLED)
+    if (ended := _ended(events[starts[-1] if starts else 0 :], labels)) is not None:
+        return ended
     if tail.rows and not np.isfinite(tail.column("loss")[-1]):
         labels.append("the loss is not finite")
         return DIVERGED
@@ -207,6 +208,21 @@ def _status(folder: Path, tail: Tail, events: list[Row], identity: Row, now: flo
         labels.append("no record of its end; taken for finished")
         return FINISHED
     return KILLED
+
+
+def _ended(launch: list[Row], labels: list[str]) -> str | None:
+    """The status that the events of a launch tell; None of one without an end."""
+    stops = [row for row in launch if row.get("event") == STOPPED_EARLY]
+    if stops:
+        labels.append(f"stopped early: {stops[-1].get('reason')}".replace("; ", ", "))
+        return DIVERGED if stops[-1].get("rule") in HOPELESS else KILLED
+    ends = [row for row in launch if row.get("event") == "run_end"]
+    if not ends:
+        return None
+    outcome = str(ends[-1].get("outcome"))
+    if outcome not in ENDS:
+        labels.append(f"stopped: {outcome}")
+    return ENDS.get(outcome, KILLED)
 
 
 def _is_locked(path: Path) -> bool:

@@ -123,6 +123,19 @@ def test_the_last_launch_tells_the_status(tmp_path, events, status):
     assert row(read([folder]))["status"] == status
 
 
+@pytest.mark.parametrize(("rule", "status"), [("initial", "diverged"), ("unigram", "killed"), ("margin", "killed")])
+def test_a_run_that_a_sweep_stopped_is_told_by_its_rule(tmp_path, rule, status):
+    reason = "at 9 tokens the lowest of the last 8 logged losses, 7.0000, is above 6.0000"
+    end = event("run_end", 900 * BATCH, outcome="interrupted")
+    stop = {"event": "stopped_early", "reason": reason, "rule": rule, "tokens": 900 * BATCH}
+    folder = write(tmp_path / "a", metrics(1, 895), events=[event("run_start"), end, stop])
+    found = row(read([folder]))
+    assert found["status"] == status and found["tokens"] == 900 * BATCH
+    assert f"stopped early: {reason}" in found["labels"].split("; ")
+    again = [event("run_start"), end, stop, event("resume", 900 * BATCH), FINISHED[-1]]
+    assert row(read([write(tmp_path / "b", events=again)]))["status"] == "finished"
+
+
 def test_a_run_without_an_end_is_running_while_it_writes_or_holds_its_lock(tmp_path):
     folder = write(tmp_path / "a", events=[event("run_start")])
     os.utime(folder / "metrics.jsonl", (time.time() + 60,) * 2)
