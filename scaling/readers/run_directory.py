@@ -194,7 +194,7 @@ def _progress(folder: Path, tail: Tail, events: list[Row], known: Row) -> Row:
 
 
 def _status(folder: Path, tail: Tail, events: list[Row], identity: Row, now: float, labels: list[str]) -> str:
-    """By the last launch's end, and by the sweep that stopped it; of one without an end, whether it is still at work."""
+    """By the last launch's end, or the sweep that stopped it; of one without an end, whether it is still at work."""
     starts = [k for k, row in enumerate(events) if row.get("event") in ("run_start", "resume")]
     if (ended := _ended(events[starts[-1] if starts else 0 :], labels)) is not None:
         return ended
