@@ -72,7 +72,7 @@ COLUMNS = (
         symbols=("l",), least=1,
     ),
     Column(
-        "tokens", "seen by the end",
+        "tokens", "seen in this run by its end; a branch of the same model and data is one run with its parent",
         aliases=(
             "tokensseen", "seentokens", "trainingtokens", "traintokens", "numtokens", "ntokens", "totaltokens",
             "tokenstotal", "trainedtokens", "tokenstrained", "consumedtokens", "tokenbudget", "tokencount", "ntrain",
@@ -150,7 +150,7 @@ COLUMNS = (
     ),
     Column("parent", "run that this one continues or was grown from", "text", ("parentrun", "basemodel")),
     Column(
-        "parent_tokens", "tokens of training before this run began, its ancestors'",
+        "parent_tokens", "tokens of its ancestors, of another model or other data; not in `tokens`, unknown where none",
         aliases=("parenttokens", "basetokens", "pretrainingtokens", "pretrainedtokens"), symbols=("D1", "D_1"), least=1,
     ),
     Column("precision", "of compute", "text", ("dtype", "paramsdtype")),

@@ -90,11 +90,12 @@ def cells(table: RunTable, size: str, *, at_batch: bool = False) -> tuple[Cell, 
 
 
 def outcomes(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Which runs finished with a loss, and which diverged, (rows,) of bool each; a loss that is no number diverged."""
+    """Which runs finished with a loss, and which diverged, (rows,) of bool each: by status, or with an infinite loss. A
+    finished run of unknown loss is neither."""
     loss = pd.to_numeric(frame["loss"], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
     status = frame["status"].fillna(FINISHED).to_numpy() if "status" in frame else np.full(len(frame), FINISHED)
     ended = status == FINISHED
-    return ended & np.isfinite(loss) & (loss > 0), (status == DIVERGED) | (ended & ~np.isfinite(loss))
+    return ended & np.isfinite(loss) & (loss > 0), (status == DIVERGED) | (ended & np.isinf(loss))
 
 
 def _groups(keys: Sequence[np.ndarray], placed: np.ndarray) -> list[np.ndarray]:

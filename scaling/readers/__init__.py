@@ -105,14 +105,14 @@ def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> 
         is_fresh = time.time() - path.stat().st_mtime < run_directory.RECENT
         yield histories.row(megatron.read(path, text, is_fresh=is_fresh), columns)
     else:
-        frame, digest = tables.load(path)
+        frame, odd, digest = tables.load(path)
         digests.append(digest)
         if wandb_exports.is_wide(list(frame.columns)):
             yield from (histories.row(each, columns) for each in wandb_exports.wide(frame, path))
         elif wandb_exports.is_long(frame):
             yield from (histories.row(each, columns) for each in wandb_exports.long(frame, path))
         else:
-            yield tables.rows(frame, path, columns)
+            yield tables.rows(frame, odd, path, columns)
 
 
 def _digest(path: Path) -> str:

@@ -38,7 +38,7 @@ _UNIT = re.compile(
     re.I,
 )
 _PF_DAYS = re.compile(r"^(.+?)[\s_\-(\[]*(pf[\s_-]*days?|petaflop[/\s_-]*s[/\s_-]*days?)\s*[)\]]?$", re.I)
-_TIMES = re.compile(r"^(.*\S)\s*([*/])\s*([0-9.eE+-]+)$")
+TIMES = re.compile(r"^(.*\S)\s*([*/])\s*([0-9.eE+-]+)$")
 _COUNT = re.compile(
     r"^\s*([0-9][0-9,_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*(k|m|b|bn|t|)\s*(?:params|parameters|tokens)?\s*$", re.I
 )
@@ -123,7 +123,7 @@ def typical(values: np.ndarray) -> float:
 
 def _override(found: Mapped, frame: pd.DataFrame, ours: str, expression: str, where: str) -> str:
     name, factor = expression, 1.0
-    if name not in frame and (match := _TIMES.match(expression)):
+    if name not in frame and (match := TIMES.match(expression)):
         name, factor = match[1], float(match[3])
         factor = 1 / factor if match[2] == "/" else factor
     if name not in frame:

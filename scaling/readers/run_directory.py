@@ -12,7 +12,9 @@ import numpy as np
 
 from scaling.columns import DIVERGED, FINISHED, KILLED, RUNNING
 from scaling.curves import final_loss
+from scaling.readers.ancestry import Begun, begun
 from scaling.readers.histories import AT_END
+from scaling.readers.mixture import mixture
 from scaling.readers.rows import Row, Tail, changed_at, number, read_all, read_tail, rewritten, scan
 
 RECENT = 600.0
@@ -22,7 +24,8 @@ TRAINING = "train"
 ORIGINS = {
     "run": "run.json: name", "source": "its folder", "status": "events.jsonl", "labels": "noticed",
     "loss": "evaluations.jsonl at the end, else a smooth of metrics.jsonl", "loss_error": "AR(1) of the smooth",
-    "loss_kind": "which of these", "tokens": "metrics.jsonl, last", "steps": "metrics.jsonl, last",
+    "loss_kind": "which of these", "tokens": "metrics.jsonl, last, less those of ancestors that are other runs",
+    "parent_tokens": "run.json of it and its ancestors", "steps": "metrics.jsonl, last",
     "flops": "metrics.jsonl, last", "batch_tokens": "metrics.jsonl, last", "final_lr": "metrics.jsonl, last",
     "lr": "run.json: schedule.peak_lr", "data": "run.json: contents and proportions of the sources",
     "total": "run.json: counts of the last segment", "non_embedding": "run.json: counts of the last segment",
@@ -31,6 +34,10 @@ ORIGINS = {
 """Where columns come from that are not simply in run.json."""
 ENDS = {"finished": FINISHED, "diverged": DIVERGED}
 """Outcomes of a launch; all others are of a run that was stopped."""
+STOPPED_EARLY = "stopped_early"
+"""What a sweep writes after the end of a run that it stopped, with the rule and its reason."""
+HOPELESS = ("initial",)
+"""Rules of a sweep by which a run diverged: after the warm-up its loss stayed above that of its first step."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Reading:
     sets: tuple[str, ...]
     """Held-out sets that it has a loss of."""
     digest: str
-    """SHA-256 of what was looked at: run.json, evaluations, events, and the end of metrics.jsonl."""
+    """SHA-256 of what was looked at: run.json, evaluations, events, the end of metrics.jsonl, and where it began."""
 
 
 def read(folder: Path, held_out: str | None = None, *, now: float) -> Reading:
@@ -62,11 +69,13 @@ def read(folder: Path, held_out: str | None = None, *, now: float) -> Reading:
     row["status"] = _status(folder, tail, events, identity, now, labels)
     losses = _losses(evaluations, row.get("tokens", float("nan")), identity)
     row |= _loss(tail, losses, held_out, labels)
-    row |= _parent(identity, labels)
+    beginning = begun(folder, identity)
+    row |= _parent(identity, beginning, row.get("tokens", float("nan")))
+    labels += beginning.labels
     row["unique_tokens"] = _unique(identity, row.get("tokens", float("nan")))
     labels += _noticed(folder, tail, events, identity, row)
     row["labels"] = "; ".join(dict.fromkeys(labels)) or None
-    read_bytes = b"\0".join((raw, eval_bytes, event_bytes, tail.read))
+    read_bytes = b"\0".join((raw, eval_bytes, event_bytes, tail.read, str(beginning).encode()))
     return Reading(row, str(identity.get("id", "")), tuple(losses), hashlib.sha256(read_bytes).hexdigest())
 
 
@@ -102,17 +111,6 @@ def described(identity: Row) -> Row:
         **_repeated(segment.get("model", {}), counts),
     }
     return {name: value for name, value in row.items() if value is not None}
-
-
-def mixture(data: Row) -> str | None:
-    """A fingerprint of the data's contents and proportions. Seed and sequence length, which the order's own has too,
-    are left out: runs that differ in them alone are of one mixture."""
-    sources = data.get("sources") or []
-    if not sources or not all("fingerprint" in each for each in sources):
-        return data.get("fingerprint")
-    whole = sum(each.get("weight", 1.0) for each in sources)
-    parts = sorted(f"{each['fingerprint']} {each.get('weight', 1.0) / whole:.12g}" for each in sources)
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def _identity(folder: Path) -> tuple[Row, bytes]:
@@ -180,7 +178,8 @@ def _repeated(model: Row, counts: Row) -> Row:
 
 def _progress(folder: Path, tail: Tail, events: list[Row], known: Row) -> Row:
     """What was reached: tokens, steps, FLOPs, the last rate and batch."""
-    ends = [row.get("tokens", 0) for row in events[-1:] if row.get("event") == "run_end"]
+    told = [row for row in events if row.get("event") != STOPPED_EARLY]
+    ends = [row.get("tokens", 0) for row in told[-1:] if row.get("event") == "run_end"]
     row = {name: tail.last(name) for name in ("tokens", "flops", "batch_tokens")}
     row |= {"steps": tail.last("step"), "final_lr": tail.last("lr")}
     if ends and not row["tokens"] >= ends[-1]:
@@ -195,14 +194,10 @@ def _progress(folder: Path, tail: Tail, events: list[Row], known: Row) -> Row:
 
 
 def _status(folder: Path, tail: Tail, events: list[Row], identity: Row, now: float, labels: list[str]) -> str:
-    """By the last launch's end; of one without an end, whether it is still at work."""
+    """By the last launch's end, or the sweep that stopped it; of one without an end, whether it is still at work."""
     starts = [k for k, row in enumerate(events) if row.get("event") in ("run_start", "resume")]
-    ends = [row for row in events[starts[-1] if starts else 0 :] if row.get("event") == "run_end"]
-    if ends:
-        outcome = str(ends[-1].get("outcome"))
-        if outcome not in ENDS:
-            labels.append(f"stopped: {outcome}")
-        return ENDS.get(outcome, KILLED)
+    if (ended := _ended(events[starts[-1] if starts else 0 :], labels)) is not None:
+        return ended
     if tail.rows and not np.isfinite(tail.column("loss")[-1]):
         labels.append("the loss is not finite")
         return DIVERGED
@@ -213,6 +208,21 @@ def _status(folder: Path, tail: Tail, events: list[Row], identity: Row, now: flo
         labels.append("no record of its end; taken for finished")
         return FINISHED
     return KILLED
+
+
+def _ended(launch: list[Row], labels: list[str]) -> str | None:
+    """The status that the events of a launch tell; None of one without an end."""
+    stops = [row for row in launch if row.get("event") == STOPPED_EARLY]
+    if stops:
+        labels.append(f"stopped early: {stops[-1].get('reason')}".replace("; ", ", "))
+        return DIVERGED if stops[-1].get("rule") in HOPELESS else KILLED
+    ends = [row for row in launch if row.get("event") == "run_end"]
+    if not ends:
+        return None
+    outcome = str(ends[-1].get("outcome"))
+    if outcome not in ENDS:
+        labels.append(f"stopped: {outcome}")
+    return ENDS.get(outcome, KILLED)
 
 
 def _is_locked(path: Path) -> bool:
@@ -266,14 +276,13 @@ def _loss(tail: Tail, losses: dict[str, float], held_out: str | None, labels: li
     return {"loss": smooth.value, "loss_error": smooth.error, "loss_kind": "training, smoothed"}
 
 
-def _parent(identity: Row, labels: list[str]) -> Row:
+def _parent(identity: Row, beginning: Begun, clock: float) -> Row:
+    """The parent, its tokens where it is another run, and those of this run alone, of all that the clock shows."""
     parent = identity.get("parent")
     if not isinstance(parent, dict):
         return {}
-    name, tokens, carry = parent.get("run") or parent.get("checkpoint"), parent.get("tokens"), parent.get("carry")
-    if carry == "all" and "branch_tokens" not in identity.get("schedule", {}):
-        labels.append("goes on with its parent's clock, so its tokens are both runs'")
-    return {"parent": name, "parent_tokens": tokens}
+    row = {"parent": parent.get("run") or parent.get("checkpoint"), "tokens": clock - beginning.clock}
+    return row | ({"parent_tokens": beginning.ancestors} if beginning.ancestors else {})
 
 
 def _unique(identity: Row, tokens: float) -> float:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from scaling.columns import DIVERGED, FINISHED, KILLED, RUNNING, STATUSES, normalised
 from scaling.readers.derived import resolve_batch
-from scaling.readers.mapping import SIZES, Mapped, guess
+from scaling.readers.mapping import SIZES, TIMES, Mapped, guess
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 OUTCOMES = {
@@ -22,27 +22,32 @@ OUTCOMES = {
     KILLED: ("killed", "crashed", "failed", "interrupted", "cancelled", "canceled", "preempted", "timeout", "oom"),
     RUNNING: ("running", "pending", "queued", "starting"),
 }
+NANS = ("nan", "NaN", "NAN", "-nan", "-NaN")
+NOT_A_NUMBER = "\0NaN"
+"""What JSON's NaN is until it can be told from null no more."""
 
 
-def load(path: Path) -> tuple[pd.DataFrame, str]:
-    """A table as it stands, and the SHA-256 of its file. ValueError, naming the file and where it can the line, for
-    what is no table."""
+def load(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """A table as it stands, where a cell is written as "nan" and not just empty (its shape, of bool), and the SHA-256
+    of its file. ValueError, naming the file and where it can the line, for what is no table."""
     data = path.read_bytes()
     try:
-        frame = _parse(path, data)
+        frame, odd = _parse(path, data)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, csv.Error) as error:
         raise ValueError(f"{path}: not a table that can be read: {str(error).strip()}") from None
-    frame = frame.loc[:, [not (str(name).startswith("Unnamed:") or str(name) == "") for name in frame.columns]]
-    frame.columns = [str(name).strip() for name in frame.columns]
-    frame = frame.loc[:, ~frame.columns.duplicated()].dropna(how="all").reset_index(drop=True)
+    odd.columns = frame.columns = [str(name).strip() for name in frame.columns]
+    named = [not (name.startswith("Unnamed:") or name == "") for name in frame.columns]
+    frame, odd = (each.loc[:, named & ~frame.columns.duplicated()] for each in (frame, odd))
+    filled = frame.notna().any(axis=1)
+    frame, odd = frame[filled].reset_index(drop=True), odd[filled].reset_index(drop=True)
     if frame.empty:
         raise ValueError(f"{path}: holds no rows")
-    return frame, hashlib.sha256(data).hexdigest()
+    return frame, odd, hashlib.sha256(data).hexdigest()
 
 
-def rows(frame: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> Mapped:
-    """A table with one row a run in our columns. ValueError as of `mapping.guess`, or where the only column that looks
-    like a size or like tokens has values that cannot be."""
+def rows(frame: pd.DataFrame, odd: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> Mapped:
+    """A table with one row a run, as `load` gives it, in our columns. ValueError as of `mapping.guess`, or where the
+    only column that looks like a size or like tokens has values that cannot be."""
     found = guess(frame, columns, str(path))
     resolve_batch(found, str(path))
     ours, name = found.frame, found.mapping.get("non_embedding")
@@ -53,7 +58,7 @@ def rows(frame: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> Mapped:
         )
     _refuse_unreadable(found, path)
     labels = [[] for _ in range(len(ours))]
-    _read_status(found, frame, labels, path)
+    _read_status(found, frame, odd, labels, path)
     for k in np.flatnonzero(frame.duplicated().to_numpy()):
         labels[k].append("duplicate of an earlier row")
     if "loss" in ours:
@@ -72,8 +77,9 @@ def as_status(text: Any) -> str | None:
     return next((status for status in STATUSES if word in OUTCOMES[status]), None)
 
 
-def _read_status(found: Mapped, frame: pd.DataFrame, labels: list[list[str]], path: Path) -> None:
-    """Statuses in our words; a run of unknown status is taken for finished, unless its loss is no number."""
+def _read_status(found: Mapped, frame: pd.DataFrame, odd: pd.DataFrame, labels: list[list[str]], path: Path) -> None:
+    """Statuses in our words; a run of unknown status is taken for finished, unless its loss is written as nan or inf.
+    An empty cell tells of no divergence."""
     ours = found.frame
     statuses: list[str | None] = [None] * len(ours)
     if "status" in ours:
@@ -87,19 +93,19 @@ def _read_status(found: Mapped, frame: pd.DataFrame, labels: list[list[str]], pa
             truth = [str(each).lower() in ("true", "1", "1.0", "yes") for each in frame[name]]
             statuses = [DIVERGED if each else status for each, status in zip(truth, statuses, strict=True)]
     if "loss" in ours:
-        infinite = ~np.isfinite(ours["loss"].to_numpy(dtype=float))
-        written = _is_written(frame, found.mapping.get("loss", ""))
-        for k in np.flatnonzero(infinite & written):
+        infinite = np.isinf(ours["loss"].to_numpy(dtype=float))
+        written = odd[[name for name in odd if _is_read_from(found.mapping["loss"], name)]].any(axis=1).to_numpy()
+        for k in np.flatnonzero(infinite | written):
             if statuses[k] in (None, FINISHED):
                 statuses[k] = DIVERGED
                 labels[k].append("the loss is not finite")
     ours["status"] = [each or FINISHED for each in statuses]
 
 
-def _is_written(frame: pd.DataFrame, name: str) -> np.ndarray:
-    """Where a run's loss can be told to be not a number, (rows,): a row that has anything else at all."""
-    others = frame.drop(columns=[name], errors="ignore")
-    return others.notna().any(axis=1).to_numpy()
+def _is_read_from(expression: str, name: str) -> bool:
+    """Whether a column was read from one of this name: as it is, as its logarithm, or times a factor."""
+    times = TIMES.match(expression)
+    return expression in (name, f"ln({name})") or (times is not None and times[1] == name)
 
 
 def _odd_loss(loss: float) -> str:
@@ -118,13 +124,14 @@ def _refuse_unreadable(found: Mapped, path: Path) -> None:
     found.notes += [f"{path}: {reason}" for name, reason in refused.items() if name not in frame]
 
 
-def _parse(path: Path, data: bytes) -> pd.DataFrame:
+def _parse(path: Path, data: bytes) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table, and where it has a written "nan"."""
     suffix = path.suffix.lower()
     if suffix == ".parquet" or data[:4] == b"PAR1":
         import pyarrow
 
         try:
-            return pd.read_parquet(io.BytesIO(data))
+            return _parquet(data)
         except (pyarrow.ArrowException, ValueError) as error:
             raise ValueError(f"{path}: not a Parquet table: {error}") from None
     if b"\0" in data[:65536]:
@@ -136,13 +143,35 @@ def _parse(path: Path, data: bytes) -> pd.DataFrame:
     if not text.strip():
         raise ValueError(f"{path}: is empty")
     if suffix in (".jsonl", ".ndjson"):
-        return _flat(_json_lines(path, text))
+        return _marked(_flat(_json_lines(path, text)))
     if suffix == ".json":
-        return _json(path, text)
+        return _marked(_json(path, text))
     return _delimited(path, text)
 
 
-def _delimited(path: Path, text: str) -> pd.DataFrame:
+def _parquet(data: bytes) -> tuple[pd.DataFrame, pd.DataFrame]:
+    from pyarrow import compute, parquet, types
+
+    table = parquet.read_table(io.BytesIO(data))
+    frame = table.to_pandas()
+    odd = pd.DataFrame(False, index=frame.index, columns=frame.columns)
+    for field in table.schema:
+        if types.is_floating(field.type) and field.name in odd:
+            odd[field.name] = compute.is_nan(table[field.name]).fill_null(False).to_numpy()
+    return frame, odd
+
+
+def _marked(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A table from JSON with numbers in place of marks, and where they were."""
+    odd = frame.map(lambda value: isinstance(value, str) and value == NOT_A_NUMBER).astype(bool)
+    return frame.mask(odd).infer_objects() if odd.to_numpy().any() else frame, odd
+
+
+def _constant(name: str) -> float | str:
+    return NOT_A_NUMBER if name == "NaN" else float(name)
+
+
+def _delimited(path: Path, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     lines = text.splitlines()
     comments = next((k for k, line in enumerate(lines) if line.strip() and not line.startswith("# ")), 0)
     header = lines[comments]
@@ -151,7 +180,11 @@ def _delimited(path: Path, text: str) -> pd.DataFrame:
         delimiter = ","
     if not all(character.isprintable() or character == "\t" for character in header):
         raise ValueError(f"{path}: its first line is not the header of a table")
-    return pd.read_csv(io.StringIO(text), sep=delimiter, skiprows=comments, skipinitialspace=True, low_memory=False)
+    options = {"sep": delimiter, "skiprows": comments, "skipinitialspace": True, "low_memory": False}
+    frame = pd.read_csv(io.StringIO(text), **options)
+    cells = pd.read_csv(io.StringIO(text), **options, dtype=str, keep_default_na=False)
+    odd = pd.DataFrame(np.isin(cells.to_numpy(dtype=object), NANS), index=frame.index, columns=frame.columns)
+    return frame, odd
 
 
 def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
@@ -161,7 +194,7 @@ def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_constant)
         except ValueError:
             if number == len(lines):  # a writer's unfinished last line
                 continue
@@ -174,7 +207,7 @@ def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _json(path: Path, text: str) -> pd.DataFrame:
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_constant)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if isinstance(content, dict) and content and all(isinstance(each, list) for each in content.values()):

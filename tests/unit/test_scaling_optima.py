@@ -61,9 +61,9 @@ def test_cells_part_where_settings_other_than_lr_and_batch_differ(columns, expec
 def test_only_finished_runs_have_losses_and_diverged_ones_are_kept_apart():
     found = cells(
         table(
-            lr=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
-            loss=[3.0, 2.9, np.nan, 9.0, 2.5],
-            status=["finished", "finished", "finished", "diverged", "killed"],
+            lr=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
+            loss=[3.0, 2.9, np.inf, 9.0, 2.5, np.nan],
+            status=["finished", "finished", "finished", "diverged", "killed", "finished"],
         ),
         SIZE,
     )

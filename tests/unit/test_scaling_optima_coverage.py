@@ -44,6 +44,7 @@ def test_intervals_hold_the_truth():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_intervals_hold_the_truth_as_often_as_they_say():
     found = coverage(range(1000, 1200))
     assert all(0.90 <= share <= 0.98 for share in found.values()), found

@@ -123,6 +123,19 @@ def test_the_last_launch_tells_the_status(tmp_path, events, status):
     assert row(read([folder]))["status"] == status
 
 
+@pytest.mark.parametrize(("rule", "status"), [("initial", "diverged"), ("unigram", "killed"), ("margin", "killed")])
+def test_a_run_that_a_sweep_stopped_is_told_by_its_rule(tmp_path, rule, status):
+    reason = "at 9 tokens the lowest of the last 8 logged losses, 7.0000, is above 6.0000"
+    end = event("run_end", 900 * BATCH, outcome="interrupted")
+    stop = {"event": "stopped_early", "reason": reason, "rule": rule, "tokens": 900 * BATCH}
+    folder = write(tmp_path / "a", metrics(1, 895), events=[event("run_start"), end, stop])
+    found = row(read([folder]))
+    assert found["status"] == status and found["tokens"] == 900 * BATCH
+    assert f"stopped early: {reason}" in found["labels"].split("; ")
+    again = [event("run_start"), end, stop, event("resume", 900 * BATCH), FINISHED[-1]]
+    assert row(read([write(tmp_path / "b", events=again)]))["status"] == "finished"
+
+
 def test_a_run_without_an_end_is_running_while_it_writes_or_holds_its_lock(tmp_path):
     folder = write(tmp_path / "a", events=[event("run_start")])
     os.utime(folder / "metrics.jsonl", (time.time() + 60,) * 2)
@@ -175,10 +188,73 @@ def test_a_grown_run_has_the_counts_of_its_last_segment(tmp_path):
     assert found["non_embedding"] == 100_000 and "grew at 1.024e+06 tokens" in found["labels"]
 
 
-def test_a_parent_and_what_it_saw_are_kept(tmp_path):
-    parent = {"run": "stem", "checkpoint": "runs/stem/x", "tokens": 5000, "carry": "all", "flops": 1}
-    found = row(read([write(tmp_path / "a", identity=run_json("a", parent=parent))]))
-    assert (found["parent"], found["parent_tokens"]) == ("stem", 5000) and "parent's clock" in found["labels"]
+LEFT = 500 * BATCH
+OTHER = run_json()["data"] | {"sources": [{"path": "y", "fingerprint": "code", "tokens": 10**9, "weight": 1.0}]}
+
+
+def child(parent, carry="all", name="b", left=LEFT, **changes):
+    origin = {"run": parent, "checkpoint": f"moved/{parent}/x", "tokens": left, "carry": carry, "flops": 1}
+    return run_json(name, parent=origin, **changes)
+
+
+@pytest.mark.parametrize(
+    ("carry", "changes", "tokens", "parent_tokens"),
+    [
+        ("all", {}, END, None),
+        ("weights", {}, LEFT + END, None),
+        ("all", {"segments": [segment(0, LEFT, num_layers=8)]}, END - LEFT, LEFT),
+        ("weights", {"segments": [segment(num_layers=8)]}, END, LEFT),
+        ("all", {"data": OTHER}, END - LEFT, LEFT),
+        ("weights", {"data": OTHER}, END, LEFT),
+    ],
+    ids=["branch", "new clock", "grown", "converted", "second stage", "second stage, new clock"],
+)
+def test_tokens_are_a_runs_own_where_its_parent_is_another_run(tmp_path, carry, changes, tokens, parent_tokens):
+    write(tmp_path / "a")
+    folder = write(tmp_path / "b", identity=child("a", carry, **changes), evaluations=[evaluation(END, 2.6)])
+    found = row(read([folder]))
+    assert (found["parent"], found["tokens"], found["loss"]) == ("a", tokens, 2.6)
+    assert found.get("parent_tokens", float("nan")) == pytest.approx(parent_tokens or float("nan"), nan_ok=True)
+    assert "unknown" not in (found["labels"] or "")
+    assert ("other" in (found["labels"] or "")) == (parent_tokens is not None)
+
+
+def test_a_branch_of_a_grown_run_has_its_parents_beginning(tmp_path):
+    grown = {"segments": [segment(0, LEFT, num_layers=8)]}
+    write(tmp_path / "a")
+    write(tmp_path / "b", identity=child("a", **grown))
+    found = row(read([write(tmp_path / "c", identity=child("b", name="c", left=3 * LEFT, **grown))]))
+    assert (found["tokens"], found["parent_tokens"]) == (END - LEFT, LEFT)
+    again = child("b", name="d", left=3 * LEFT, segments=[segment(0, 3 * LEFT, num_layers=16)])
+    found = row(read([write(tmp_path / "d", identity=again)]))
+    assert (found["tokens"], found["parent_tokens"]) == (END - 3 * LEFT, 3 * LEFT)
+
+
+def test_a_branch_from_before_its_parents_growth_has_the_model_of_then(tmp_path):
+    write(tmp_path / "a", identity=run_json("a", segments=[segment(), segment(1, 2 * LEFT, num_layers=8)]))
+    small = row(read([write(tmp_path / "b", identity=child("a", left=2 * LEFT))]))
+    assert small["tokens"] == END and "parent_tokens" not in small.dropna()
+    large = child("a", name="c", left=3 * LEFT, segments=[segment(0, 3 * LEFT, num_layers=8)])
+    assert "parent_tokens" not in row(read([write(tmp_path / "c", identity=large)])).dropna()
+
+
+@pytest.mark.parametrize(
+    ("carry", "tokens", "parent_tokens", "said"),
+    [("all", END, None, "taken for the same run"), ("weights", END, LEFT, "taken for another run")],
+)
+def test_a_parent_that_is_gone_is_told(tmp_path, carry, tokens, parent_tokens, said):
+    found = row(read([write(tmp_path / "b", identity=child("a", carry))]))
+    assert found["tokens"] == tokens and said in found["labels"]
+    assert found.get("parent_tokens", float("nan")) == pytest.approx(parent_tokens or float("nan"), nan_ok=True)
+    branch = run_json()["schedule"] | {"branch_tokens": LEFT}
+    alone = row(read([write(tmp_path / "c", identity=child("a", name="c", schedule=branch))]))
+    assert alone["labels"] is None and alone["tokens"] == END
+
+
+def test_runs_that_name_each_other_come_to_an_end(tmp_path):
+    for name, other in ("ab", "ba"):
+        write(tmp_path / name, identity=child(other, name=name))
+    assert read([tmp_path]).frame["tokens"].tolist() == [END, END]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,12 @@ import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
+from scaling.gates import select
+from scaling.optima.cells import outcomes
 from scaling.readers import read
 from scaling.readers.losses import HELD_OUT, OTHER, PLAIN, SMOOTHED, candidate, preferred
 from tests.published import published
@@ -192,6 +196,41 @@ def test_statuses_are_those_of_others_too(tmp_path):
     assert table.frame["status"].tolist() == ["finished", "killed", "running", "killed", "finished"]
     table = columns(tmp_path, N=[1e8] * 3, D=[1e9] * 3, diverged=[False, True, False], loss=[3.0, 9.0, float("inf")])
     assert table.frame["status"].tolist() == ["finished", "diverged", "diverged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "N,D,lr,loss\n1e8,1e9,1,3\n1e8,1e9,2,\n1e8,1e9,3,nan\n1e8,1e9,4,inf\n"),
+        ("t.csv", "N,D,lr,perplexity\n1e8,1e9,1,20\n1e8,1e9,2,\n1e8,1e9,3,NaN\n1e8,1e9,4,inf\n"),
+        (
+            "t.jsonl",
+            "".join(
+                f'{{"N": 1e8, "D": 1e9, "loss": {loss}, "state": NaN}}\n' for loss in ("3.0", "null", "NaN", "Infinity")
+            ),
+        ),
+    ],
+    ids=["csv", "perplexity", "json lines"],
+)
+def test_a_loss_diverged_where_it_is_written_as_no_number_and_not_where_it_is_empty(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    table = read([tmp_path / name])
+    assert table.frame["status"].tolist() == ["finished", "finished", "diverged", "diverged"]
+    assert "no-loss" in {each.code for each in select(table)[1]}
+    assert outcomes(table.frame)[1].tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("expression", ["y", "y * 2", "y / 2"])
+def test_a_loss_that_was_named_diverged_where_it_is_written_so(tmp_path, expression):
+    (tmp_path / "t.csv").write_text("N,D,y\n1e8,1e9,3\n1e8,2e9,\n1e8,3e9,nan\n")
+    table = read([tmp_path / "t.csv"], columns={"loss": expression})
+    assert table.frame["status"].tolist() == ["finished", "finished", "diverged"]
+
+
+def test_parquet_tells_nan_from_null(tmp_path):
+    loss = pa.array([3.0, None, float("nan")], from_pandas=False)
+    parquet.write_table(pa.table({"N": [1e8] * 3, "D": [1e9] * 3, "loss": loss}), tmp_path / "t.parquet")
+    assert read([tmp_path / "t.parquet"]).frame["status"].tolist() == ["finished", "finished", "diverged"]
 
 
 def test_rows_that_are_there_twice_and_odd_losses_are_labelled(tmp_path):
