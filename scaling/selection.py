@@ -79,7 +79,7 @@ def choose(
     scores, measured, solutions = [], [], {}
     for candidate in candidates:
         best = solve(candidate, y, starts=starts, seed=seed)
-        results = held_out(candidate, y, splits, warm=best, seed=seed)
+        results = held_out(candidate, y, splits, seed=seed)
         solutions[candidate.law.name, candidate.size] = candidate, best
         scores.append(_score(results, counting, candidate.free, dict(candidate.fixed)))
         measured += [each for each, _ in results.values()]

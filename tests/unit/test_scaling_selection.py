@@ -95,6 +95,19 @@ def test_runs_are_held_out_at_the_ends_and_amid():
     assert sum(not each.extrapolates for each in splits.values()) == 5, "the largest size is held out already"
 
 
+def test_predictions_do_not_depend_on_the_losses_that_are_held_out():
+    frame = ladder(noise=1e-2)
+    splits = make_splits(frame["flops"].to_numpy(), frame["non_embedding"].to_numpy())
+
+    def predictions(frame, split):
+        found = chosen(frame, laws=["farseer"], starts=8).held_out
+        return next(each.predicted for each in found if each.law == "farseer" and each.split == split.name)
+
+    for split in splits[:2]:
+        scrambled = frame.assign(loss=np.where(split.test, 3 * frame["loss"][::-1], frame["loss"]))
+        assert predictions(scrambled, split) == pytest.approx(predictions(frame, split), rel=1e-9)
+
+
 def test_one_standard_error_prefers_fewer_parameters():
     def score(law, parameters, error):
         return Score(law, "total", parameters, error, 0.002, {})
