@@ -108,6 +108,16 @@ def test_predictions_do_not_depend_on_the_losses_that_are_held_out():
         assert predictions(scrambled, split) == pytest.approx(predictions(frame, split), rel=1e-9)
 
 
+def test_a_law_needs_two_training_rows_for_each_of_its_parameters():
+    few = ladder().iloc[[6 * size + ratio for size in range(4) for ratio in (0, 2, 5)]].reset_index(drop=True)
+    found = chosen(few, laws=["kaplan", "chinchilla", "farseer"])
+    assert found.law == "kaplan" and {each.law for each in found.ranked if not each.is_baseline} == {"kaplan"}
+    told = [each.message for each in found.verdicts if each.code == "no_candidate"]
+    assert any("farseer" in each and "trains on 9 rows, and its 9 parameters need 18" in each for each in told)
+    with pytest.raises(ValueError, match="chinchilla is not considered: a hold-out trains on 9 rows"):
+        chosen(few, laws=["chinchilla"])
+
+
 def test_one_standard_error_prefers_fewer_parameters():
     def score(law, parameters, error):
         return Score(law, "total", parameters, error, 0.002, {})
