@@ -1,5 +1,7 @@
 """Which laws are candidates, how runs are held out, and what is chosen."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from scaling.holdout import LARGEST_COMPUTE, LARGEST_SIZE, make_splits, solve
 from scaling.laws import find
 from scaling.laws.data_constrained import ENDLESS
 from scaling.laws.farseer import PUBLISHED, from_published
+from scaling.loss_laws import fit_losses
 from scaling.selection import Score, choose, one_standard_error
 from scaling.table import RunTable
 from tests.published import published
@@ -116,6 +119,29 @@ def test_a_law_needs_two_training_rows_for_each_of_its_parameters():
     assert any("farseer" in each and "trains on 9 rows, and its 9 parameters need 18" in each for each in told)
     with pytest.raises(ValueError, match="chinchilla is not considered: a hold-out trains on 9 rows"):
         chosen(few, laws=["chinchilla"])
+
+
+def test_an_identified_law_comes_before_one_that_is_not():
+    """Losses that fall faster than powers do: of the forms Chinchilla's is the nearer, with its floor at its bound."""
+    frame = ladder()
+    noise = 1e-3 * np.random.default_rng(1).standard_normal(36)
+    frame["loss"] = (-0.3 + 40 * frame["non_embedding"] ** -0.2 + 900 * frame["tokens"] ** -0.36) * np.exp(noise)
+    asked = [find("chinchilla"), find("kaplan")]
+    found = fit_losses(RunTable(frame), np.ones(36, dtype=bool), asked, ("non_embedding",), 20, 0)
+    assert [(each.law, each.identified) for each in found.fits] == [("kaplan", True), ("chinchilla", False)]
+    said = {each.code: each.message for each in found.fits[0].verdicts}
+    assert said["chosen"].startswith("chinchilla in")
+    assert said["passed_over"].startswith("kaplan is used and not chinchilla") and "at its bound" in said["passed_over"]
+    assert found.held_out[0].law == "kaplan"
+
+
+def test_farseer_is_evaluated_without_overflow_at_its_bounds():
+    law = find("farseer")
+    x = {"N": np.geomspace(1e6, 1e13, 8), "D": np.geomspace(1e8, 1e14, 8)}
+    corners = np.array(list(itertools.product(*zip(*law.bounds(), strict=True))))
+    with np.errstate(over="raise", invalid="raise"):
+        values, slopes = law.evaluate(corners, x)
+        assert np.isfinite(np.exp(values)).all() and np.isfinite(slopes).all()
 
 
 def test_one_standard_error_prefers_fewer_parameters():
