@@ -22,8 +22,8 @@ FOLDS = 6
 """Sizes are held out one by one up to so many, and in so many groups of neighbours beyond."""
 MANY = 1000
 """Rows, beyond which sizes amid others are no longer held out: it takes long and tells little of extrapolation."""
-WARM = 3
-"""Solutions of the fit to all rows that a hold-out starts from, beside new ones."""
+BEST = 3
+"""Solutions that a fit returns: different starts may lead to different valleys."""
 NEAR = 0.25
 """Median error at the trained runs, within which the published law's loss counts as in the same units."""
 PUBLISHED = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
@@ -71,13 +71,9 @@ def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
 def solve(
     candidate: Candidate, y: np.ndarray, *, objective: Objective | None = None, starts: int = 48, seed: int = 0
 ) -> np.ndarray:
-    """Best parameter vectors of a fit to all rows (`WARM`, K), the best first. y (n,) is the loss."""
-    law, fixed = candidate.law, _fixed(candidate)
-    begin = np.where(np.isnan(fixed), draw(law, candidate.x, np.log(y), starts, seed), fixed)
-    found = minimise(
-        law, candidate.x, np.log(y), begin, objective or Huber(), free=np.isnan(fixed), tolerance=1e-7, iterations=150
-    )
-    return found.coordinates[np.argsort(found.objective, kind="stable")[:WARM]]
+    """Best parameter vectors of a fit to all rows (`BEST`, K), the best first. y (n,) is the loss."""
+    begin = draw(candidate.law, candidate.x, np.log(y), starts, seed)
+    return _descend(candidate, candidate.x, np.log(y), begin, objective)
 
 
 def held_out(
@@ -85,35 +81,27 @@ def held_out(
     y: np.ndarray,
     splits: tuple[Split, ...],
     *,
-    warm: np.ndarray,
     objective: Objective | None = None,
-    starts: int = 4,
+    starts: int = 16,
     seed: int = 0,
 ) -> dict[str, tuple[HeldOut, np.ndarray]]:
     """Each split's measures, and the tested rows' predicted / measured - 1. y (n,) is the loss.
 
-    All splits are fitted at once, rows that are held out with a weight of 0: from solutions of the fit to all rows,
-    `warm`, and from `starts` of the split's own. The intervals for the coverage are of the residuals' spread and of
-    the parameters' covariance by the Jacobian.
+    A split is fitted to its own training rows alone, and nothing that it starts from has seen others: it begins from
+    `starts` drawn for these rows, and from the solutions of splits that train on some of the same rows and no others.
+    The intervals for the coverage are of the residuals' spread and of the parameters' covariance by the Jacobian.
     """
-    law, fixed, target = candidate.law, _fixed(candidate), np.log(y)
-    free = np.isnan(fixed)
-    begins, weights = [], []
-    for split in splits:
+    law, target, free = candidate.law, np.log(y), np.isnan(_fixed(candidate))
+    solved: list[tuple[Split, np.ndarray]] = []
+    for split in sorted(splits, key=lambda each: int(each.train.sum())):
         own = {symbol: values[split.train] for symbol, values in candidate.x.items()}
-        begin = np.vstack([warm, draw(law, own, target[split.train], starts, seed)])
-        begins.append(np.where(free, begin, fixed))
-        weights.append(np.tile(split.train.astype(float), (len(begin), 1)))
-    found = minimise(
-        law, candidate.x, target, np.vstack(begins), objective or Huber(), weights=np.vstack(weights), free=free,
-        tolerance=1e-7, iterations=150,
-    )  # fmt: skip
-    each = len(warm) + starts
+        within = [best[:1] for other, best in solved if not (other.train & ~split.train).any()]
+        begin = np.vstack([draw(law, own, target[split.train], starts, seed), *within])
+        solved.append((split, _descend(candidate, own, target[split.train], begin, objective)))
+    best = {split.name: solutions[:1] for split, solutions in solved}
     results = {}
-    for index, split in enumerate(splits):
-        own = slice(index * each, (index + 1) * each)
-        best = found.coordinates[own][np.argmin(found.objective[own])]
-        log, jacobian = law.evaluate(best[None], candidate.x)
+    for split in splits:
+        log, jacobian = law.evaluate(best[split.name], candidate.x)
         half_width = _half_width(jacobian[0][:, free], target - log[0], split)
         errors = np.exp(log[0] - target)[split.test] - 1
         inside = np.abs(log[0] - target)[split.test] <= half_width
@@ -160,6 +148,23 @@ def measures(law: str, size: str, split: Split, errors: np.ndarray, coverage: fl
         law, size, split.name, int(split.train.sum()), len(errors), float(absolute.mean()), float(se),
         float(errors.mean()), coverage, tuple(measured.tolist()), tuple((measured * (1 + errors)).tolist()),
     )  # fmt: skip
+
+
+def _descend(
+    candidate: Candidate,
+    x: Mapping[str, np.ndarray],
+    target: np.ndarray,
+    begin: np.ndarray,
+    objective: Objective | None,
+) -> np.ndarray:
+    """The best solutions, (`BEST`, K), that the starts (S, K) lead to on rows with this ln of the loss, (n,)."""
+    fixed = _fixed(candidate)
+    free = np.isnan(fixed)
+    found = minimise(
+        candidate.law, x, target, np.where(free, begin, fixed), objective or Huber(), free=free, tolerance=1e-7,
+        iterations=150,
+    )  # fmt: skip
+    return found.coordinates[np.argsort(found.objective, kind="stable")[:BEST]]
 
 
 def _fixed(candidate: Candidate) -> np.ndarray:

@@ -21,15 +21,15 @@ hold-out is told."""
 KEPT = ("total", "non_embedding", "active", "lr", "batch_tokens", "seed")
 """What is equal along a run."""
 FEWER_STARTS, FEWER_REPLICATES = 24, 100
-"""Of the law that was not chosen: it is there to compare with."""
+"""Of a law behind one that these runs identify: it is there to compare with."""
 
 
 @dataclass(frozen=True)
 class LossLaws:
     fits: tuple[Fit, ...] = ()
-    """The chosen one first."""
+    """The chosen one first, or the next that these runs identify where they do not identify the chosen one."""
     held_out: tuple[HeldOut, ...] = ()
-    """The best first."""
+    """Those of the first fit, then the best first."""
     verdicts: tuple[Verdict, ...] = ()
 
 
@@ -58,17 +58,19 @@ def fit_losses(
             said = (Verdict("warning", "no_hold_out", f"laws of loss cannot be compared: {error}"),)
             picks = _simplest(table, rows, named, sizes)
     compared = rows if choice is None else choice.rows
-    fits = [
-        _fit(table.where(compared), pick, replicates, seed)
-        if not place or named
-        else _fit(table.where(compared), pick, min(replicates, FEWER_REPLICATES), seed, FEWER_STARTS)
-        for place, pick in enumerate(picks)
-    ]
-    if choice is not None:
-        fits[0] = replace(fits[0], verdicts=(*fits[0].verdicts, *choice.verdicts))
+    fits: list[Fit] = []
+    for pick in picks:
+        fewer = not named and any(each.identified for each in fits)
+        fits.append(
+            _fit(table.where(compared), pick, min(replicates, FEWER_REPLICATES), seed, FEWER_STARTS)
+            if fewer
+            else _fit(table.where(compared), pick, replicates, seed)
+        )
+    fits = _identified_first(fits, () if choice is None else choice.verdicts)
+    head = (fits[0].law, fits[0].size) if fits else None
     there = {each.law for each in fits}
     fits += [fit_rows(table.where(rows), law, sizes, replicates, seed) for law in asked if law.name not in there]
-    return LossLaws(tuple(fits), _ordered(choice), said)
+    return LossLaws(tuple(fits), _ordered(choice, head), said)
 
 
 def _picks(choice: Choice, is_asked: bool) -> list[_Pick]:
@@ -91,12 +93,25 @@ def _simplest(table: RunTable, rows: np.ndarray, named: Sequence[str], sizes: Se
     return [_Pick(each.law.name, each.size, each.fixed) for each in ordered][: None if named else COMPARED]
 
 
-def _ordered(choice: Choice | None) -> tuple[HeldOut, ...]:
-    """The measures of the best law first."""
+def _identified_first(fits: Sequence[Fit], said: Sequence[Verdict]) -> list[Fit]:
+    """The fits that these runs identify, then the others, each in the order they came in. The first one tells what was
+    `said` of the choice, and why another law is not at the head."""
+    ordered = sorted(fits, key=lambda each: not each.identified)
+    if not ordered:
+        return []
+    head, first = ordered[0], fits[0]
+    if head is not first:
+        why = "; ".join(each.message for each in first.verdicts if each.level == "failure")
+        told = f"{head.law} is used and not {first.law}, which comes first by the hold-out but is not identified: {why}"
+        said = (Verdict("warning", "passed_over", told), *said)
+    return [replace(head, verdicts=(*head.verdicts, *said)), *ordered[1:]]
+
+
+def _ordered(choice: Choice | None, head: tuple[str, str] | None) -> tuple[HeldOut, ...]:
+    """The measures of this law and size first, then the best."""
     if choice is None:
         return ()
-    rank = {(each.law, each.size): place for place, each in enumerate(choice.ranked)}
-    rank[choice.law, choice.size] = -1
+    rank = {(each.law, each.size): place for place, each in enumerate(choice.ranked)} | {head: -1}
     return tuple(sorted(choice.held_out, key=lambda each: rank[each.law, each.size]))
 
 

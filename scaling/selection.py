@@ -9,13 +9,16 @@ from scipy.stats import chi2
 from scaling.candidates import SIZES, Candidate, find_candidates, with_defaults
 from scaling.fitting.levenberg import minimise
 from scaling.fitting.objective import Huber, spread
-from scaling.holdout import baselines, held_out, make_splits, solve
+from scaling.holdout import Split, baselines, held_out, make_splits, solve
 from scaling.laws.nesting import NESTINGS
 from scaling.results import HeldOut, Verdict
 from scaling.table import RunTable
 
 OTHER_UNITS = ("bit", "bpc", "bpb", "byte", "character")
 """In a loss kind: it is not in nats for each token."""
+ROWS_FOR_EACH = 2
+"""Training rows for each free parameter that each split that counts needs: with fewer a law can bend to the noise of
+the rows, and its prediction beyond them is luck."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def choose(
 
     Candidates are `laws` (all of loss if not given) with all of `sizes`; what the table cannot tell of is left out,
     with a verdict. The score is the mean error over the hold-outs whose runs lie beyond those that are fitted to; with
-    too few runs for that, over each N. ValueError where no law can be fitted, or nothing held out.
+    too few runs for that, over each N. A law with too many parameters for the rows that are trained on is left out too.
+    ValueError where no law can be fitted, or nothing held out.
     """
     rows, candidates, verdicts = find_candidates(table, used, laws=laws, sizes=sizes)
     kept = table.where(rows)
@@ -75,11 +79,13 @@ def choose(
         raise ValueError(
             f"{len(y)} runs of {len(set(x['N']))} sizes are too few to hold any out; at least 4 are needed"
         )
-    counting = [each.name for each in splits if each.extrapolates] or [each.name for each in splits]
+    counted = [each for each in splits if each.extrapolates] or splits
+    counting = [each.name for each in counted]
+    candidates, too_few = _with_enough_rows(candidates, counted)
     scores, measured, solutions = [], [], {}
     for candidate in candidates:
         best = solve(candidate, y, starts=starts, seed=seed)
-        results = held_out(candidate, y, splits, warm=best, seed=seed)
+        results = held_out(candidate, y, splits, seed=seed)
         solutions[candidate.law.name, candidate.size] = candidate, best
         scores.append(_score(results, counting, candidate.free, dict(candidate.fixed)))
         measured += [each for each, _ in results.values()]
@@ -88,8 +94,25 @@ def choose(
         measured += [each for each, _ in results.values()]
     ranked = tuple(sorted(scores, key=lambda score: score.error))
     chosen, reasons = one_standard_error(ranked, counting)
-    verdicts = (*reasons, *compare_sizes(ranked), *compare_nested(solutions, ranked, y), *verdicts)
+    verdicts = (*reasons, *compare_sizes(ranked), *compare_nested(solutions, ranked, y), *too_few, *verdicts)
     return Choice(chosen.law, chosen.size, chosen.fixed, ranked, tuple(measured), rows, verdicts)
+
+
+def _with_enough_rows(
+    candidates: Sequence[Candidate], counted: Sequence[Split]
+) -> tuple[tuple[Candidate, ...], tuple[Verdict, ...]]:
+    """The laws with `ROWS_FOR_EACH` free parameter in each split, and of the others why not. ValueError if none has."""
+    least = min(int(split.train.sum()) for split in counted)
+    enough = tuple(each for each in candidates if least >= ROWS_FOR_EACH * each.free)
+    left_out = {each.law.name: each.free for each in candidates if each not in enough}
+    told = [
+        f"{name} is not considered: a hold-out trains on {least} rows, and its {free} parameters need "
+        f"{ROWS_FOR_EACH * free}"
+        for name, free in left_out.items()
+    ]
+    if not enough:
+        raise ValueError("; ".join(told))
+    return enough, tuple(Verdict("ok", "no_candidate", each) for each in told)
 
 
 def one_standard_error(ranked: Sequence[Score], counting: Sequence[str]) -> tuple[Score, tuple[Verdict, ...]]:

@@ -10,6 +10,8 @@ from scaling.laws.terms import unpacked
 
 SIZE = 1e9
 """Parameters at which the three curves have the values and slopes they are named by."""
+LARGEST = 300.0
+"""Of |ln| of a curve: far beyond any loss, and its exponential times an input is still a number."""
 
 PUBLISHED = {"s": -0.062465, "q": 0.13, "S": 0.128488, "B": 230.734, "b": -0.1729, "Q": -1.5442, "A": -1.66563,
              "a": 0.0459, "E": 3.13335}  # fmt: skip
@@ -70,7 +72,7 @@ def _bent(log_value: np.ndarray, slope: np.ndarray, bend: np.ndarray, ln_n: np.n
     # (e^z - 1)/z and its derivative by z, by their series where they are 0/0.
     ratio = np.where(near, 1.0 + z / 2.0 + z**2 / 6.0, np.expm1(safe) / safe)
     by_z = np.where(near, 0.5 + z / 3.0, (np.exp(safe) - ratio) / safe)
-    return log_value + slope * ln_n * ratio, (1.0, ln_n * ratio, slope * ln_n**2 * by_z)
+    return np.clip(log_value + slope * ln_n * ratio, -LARGEST, LARGEST), (1.0, ln_n * ratio, slope * ln_n**2 * by_z)
 
 
 def from_published(constants: Mapping[str, float]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Which laws are candidates, how runs are held out, and what is chosen."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from scaling.holdout import LARGEST_COMPUTE, LARGEST_SIZE, make_splits, solve
 from scaling.laws import find
 from scaling.laws.data_constrained import ENDLESS
 from scaling.laws.farseer import PUBLISHED, from_published
+from scaling.loss_laws import fit_losses
 from scaling.selection import Score, choose, one_standard_error
 from scaling.table import RunTable
 from tests.published import published
@@ -93,6 +96,52 @@ def test_runs_are_held_out_at_the_ends_and_amid():
         if split.name.startswith("up to"):
             assert frame["non_embedding"][split.test].min() > frame["non_embedding"][split.train].max()
     assert sum(not each.extrapolates for each in splits.values()) == 5, "the largest size is held out already"
+
+
+def test_predictions_do_not_depend_on_the_losses_that_are_held_out():
+    frame = ladder(noise=1e-2)
+    splits = make_splits(frame["flops"].to_numpy(), frame["non_embedding"].to_numpy())
+
+    def predictions(frame, split):
+        found = chosen(frame, laws=["farseer"], starts=8).held_out
+        return next(each.predicted for each in found if each.law == "farseer" and each.split == split.name)
+
+    for split in splits[:2]:
+        scrambled = frame.assign(loss=np.where(split.test, 3 * frame["loss"][::-1], frame["loss"]))
+        assert predictions(scrambled, split) == pytest.approx(predictions(frame, split), rel=1e-9)
+
+
+def test_a_law_needs_two_training_rows_for_each_of_its_parameters():
+    few = ladder().iloc[[6 * size + ratio for size in range(4) for ratio in (0, 2, 5)]].reset_index(drop=True)
+    found = chosen(few, laws=["kaplan", "chinchilla", "farseer"])
+    assert found.law == "kaplan" and {each.law for each in found.ranked if not each.is_baseline} == {"kaplan"}
+    told = [each.message for each in found.verdicts if each.code == "no_candidate"]
+    assert any("farseer" in each and "trains on 9 rows, and its 9 parameters need 18" in each for each in told)
+    with pytest.raises(ValueError, match="chinchilla is not considered: a hold-out trains on 9 rows"):
+        chosen(few, laws=["chinchilla"])
+
+
+def test_an_identified_law_comes_before_one_that_is_not():
+    """Losses that fall faster than powers do: of the forms Chinchilla's is the nearer, with its floor at its bound."""
+    frame = ladder()
+    noise = 1e-3 * np.random.default_rng(1).standard_normal(36)
+    frame["loss"] = (-0.3 + 40 * frame["non_embedding"] ** -0.2 + 900 * frame["tokens"] ** -0.36) * np.exp(noise)
+    asked = [find("chinchilla"), find("kaplan")]
+    found = fit_losses(RunTable(frame), np.ones(36, dtype=bool), asked, ("non_embedding",), 20, 0)
+    assert [(each.law, each.identified) for each in found.fits] == [("kaplan", True), ("chinchilla", False)]
+    said = {each.code: each.message for each in found.fits[0].verdicts}
+    assert said["chosen"].startswith("chinchilla in")
+    assert said["passed_over"].startswith("kaplan is used and not chinchilla") and "at its bound" in said["passed_over"]
+    assert found.held_out[0].law == "kaplan"
+
+
+def test_farseer_is_evaluated_without_overflow_at_its_bounds():
+    law = find("farseer")
+    x = {"N": np.geomspace(1e6, 1e13, 8), "D": np.geomspace(1e8, 1e14, 8)}
+    corners = np.array(list(itertools.product(*zip(*law.bounds(), strict=True))))
+    with np.errstate(over="raise", invalid="raise"):
+        values, slopes = law.evaluate(corners, x)
+        assert np.isfinite(np.exp(values)).all() and np.isfinite(slopes).all()
 
 
 def test_one_standard_error_prefers_fewer_parameters():
