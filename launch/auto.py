@@ -12,7 +12,7 @@ from runtime.config import Config
 from runtime.model.counts import count, flops_per_token
 from scaling.laws import find
 from scaling.laws_file import read
-from scaling.proposal import inputs_of, reach, value_at
+from scaling.proposal import inputs_of, law_for, reach, value_at
 from scaling.published import PUBLISHED, published
 from scaling.results import Bowl, Estimate, Fit
 
@@ -30,9 +30,9 @@ class Laws(Protocol):
     """Where laws come from: a laws file, or a publication."""
 
     name: str
+    fits: Sequence[Fit]
+    """Of each quantity the chosen one first."""
     bowls: Sequence[Bowl]
-
-    def best(self, quantity: str) -> Fit | None: ...
 
 
 class PublishedLaws:
@@ -40,9 +40,7 @@ class PublishedLaws:
 
     def __init__(self, name: str):
         self.name, self.bowls = name, ()
-
-    def best(self, quantity: str) -> Fit | None:
-        return published(self.name, quantity) if quantity in PUBLISHED[self.name] else None
+        self.fits = tuple(published(name, quantity) for quantity in PUBLISHED[name])
 
 
 class FileLaws:
@@ -50,10 +48,7 @@ class FileLaws:
 
     def __init__(self, path: str):
         found = read(Path(path) / "laws.json" if Path(path).is_dir() else path)
-        self.name, self.bowls, self.analysis = found.path, found.bowls, found
-
-    def best(self, quantity: str) -> Fit | None:
-        return self.analysis.best(quantity)
+        self.name, self.fits, self.bowls, self.analysis = found.path, found.fits, found.bowls, found
 
 
 def open_laws(source: str) -> Laws:
@@ -157,13 +152,6 @@ def evaluate(key: str, fit: Fit, known: Mapping[str, float]) -> Estimate:
         raise ValueError(f"{key}: {error}{hint}") from None
 
 
-def refuse_unidentified(fit: Fit) -> None:
-    """ValueError for a law that its data do not identify."""
-    if not fit.identified:
-        reasons = "; ".join(each.message for each in fit.verdicts if each.level == "failure")
-        raise ValueError(f"the law of {fit.quantity} ({fit.law}) is not identified by its data: {reasons}")
-
-
 def describe(fit: Fit) -> dict[str, Any]:
     """A law for a record: formula, constants, what N means, and where it is from."""
     law = find(fit.law)
@@ -199,12 +187,13 @@ def _value(
 ) -> dict[str, Any]:
     """The record of one key. ValueError for a law that cannot tell it."""
     quantity = QUANTITIES[key]
-    fit = laws.best(quantity)
+    fit, missing = law_for(laws.fits, quantity)
+    if fit is None and missing[0].code == "law":
+        raise ValueError(f'{key} = "auto": {missing[0].message}')
     if fit is None:
         raise ValueError(
             f'{key} = "auto": {laws.name} has no law of {quantity}; these have: {", ".join(_telling(quantity))}'
         )
-    refuse_unidentified(fit)
     estimate = evaluate(key, fit, known)
     judged = reach([fit], known.get("flops", math.nan))
     warnings = [each.message for each in judged]

@@ -7,7 +7,7 @@ import numpy as np
 
 from launch.auto import FileLaws, Laws, round_batch, round_rate
 from launch.growth_config import RunConfiguration
-from launch.planning import Machine, Preset, Target, checked, draft, refuse_unidentified, short, sizes, whole_steps
+from launch.planning import Machine, Preset, Target, checked, draft, short, sizes, told_by, whole_steps
 from launch.shapes import Family
 from runtime.model.counts import count as counted
 from scaling.columns import DIVERGED, RUNNING
@@ -42,10 +42,9 @@ def design(
     """
     if not isinstance(laws, FileLaws):
         raise ValueError(f"--next needs the runs that a laws file keeps, and {laws.name} is a publication")
-    fits = {"loss": fit} if (fit := laws.best("loss")) is not None else {}
-    if target.params is None and target.tokens is None:
-        refuse_unidentified(fits)
-    known = next((fit for name in ("lr", "batch_tokens", "loss") if (fit := laws.best(name)) is not None), None)
+    fits = told_by(laws, ["loss"] if target.splits else [])
+    ordered = sorted(laws.fits, key=lambda fit: ("lr", "batch_tokens", "loss", fit.quantity).index(fit.quantity))
+    known = ordered[0] if ordered else None
     size = known.size if known else "non_embedding"
     family = Family(preset.config.model, preset.config.parallel.tensor) if preset else None
     flops_of = family.flops_per_token(size, preset.config.data.seq_len) if family else lambda wanted: FLOPS * wanted

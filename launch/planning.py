@@ -18,7 +18,7 @@ from runtime.observe.dry_run import supposed_device
 from runtime.observe.memory import estimate
 from runtime.parallel.mesh import plan_layout
 from scaling import optima
-from scaling.proposal import FLOPS, allocate, extrapolation, reach, value_at
+from scaling.proposal import FLOPS, allocate, extrapolation, law_for, reach, value_at
 from scaling.results import Decision, Estimate, Fit, Plateau, Verdict
 
 QUANTITIES = ("loss", "batch_tokens", "lr")
@@ -55,6 +55,11 @@ class Target:
         for name in given:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name):g} is not positive")
+
+    @property
+    def splits(self) -> bool:
+        """Whether N and D are for the law of loss to choose."""
+        return self.params is None and self.tokens is None
 
 
 @dataclass(frozen=True)
@@ -102,12 +107,11 @@ def open_preset(path: str, overrides: Sequence[str]) -> Preset:
 
 def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machine, far: bool = False) -> Plan:
     """The plan for a target. ValueError for bad input, `Unidentified` where the laws do not tell it."""
-    fits = {name: fit for name in QUANTITIES if (fit := laws.best(name)) is not None}
+    fits = told_by(laws, [name for name in QUANTITIES if name != "loss" or target.splits])
+    if not target.splits and (loss := law_for(laws.fits, "loss")[0]):
+        fits = {"loss": loss} | fits  # which nothing that is asked for depends on
     if not fits:
         raise ValueError(f"{laws.name} has no law of {', '.join(QUANTITIES)}")
-    if target.params is not None and target.tokens is not None and "loss" in fits and not fits["loss"].identified:
-        fits.pop("loss")  # which nothing that is asked for depends on
-    refuse_unidentified(fits)
     size = next(iter(fits.values())).size
     if preset is None:
         found = sizes(fits, target, lambda wanted: FLOPS * wanted)
@@ -129,26 +133,32 @@ def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machin
     )
 
 
-def refuse_unidentified(fits: Mapping[str, Fit]) -> None:
-    for name, fit in fits.items():
-        if not fit.identified:
-            reasons = "; ".join(each.message for each in fit.verdicts if each.level == "failure")
-            raise Unidentified(f"the law of {name} ({fit.law}) is not identified by its data: {reasons}")
+def told_by(laws: Laws, quantities: Sequence[str]) -> dict[str, Fit]:
+    """The law to decide each quantity by, where there is one. `Unidentified` where there are only unidentified ones."""
+    found = {}
+    for name in quantities:
+        fit, missing = law_for(laws.fits, name)
+        if missing and missing[0].code == "law":
+            raise Unidentified(missing[0].message)
+        if fit is not None:
+            found[name] = fit
+    return found
 
 
 def sizes(fits: Mapping[str, Fit], target: Target, flops_of: Callable[[np.ndarray], np.ndarray]) -> Decision:
-    """N and D for a target, by the loss law where only the compute is given. `flops_of` as of `allocate`."""
+    """N and D for a target, by the loss law where only the compute is given. `flops_of` as of `allocate`.
+
+    `Unidentified` where too many draws of the law have no optimum.
+    """
     compute, n, d = target.compute, target.params, target.tokens
-    if compute is not None and n is None and d is None:
+    if target.splits:
         if "loss" not in fits:
             raise ValueError("there is no law of loss, which --compute alone needs; give --params or --tokens too")
         found = allocate(fits["loss"], compute, flops_of)
-        verdicts = ()
-        if found.at_edge:
-            message = f"{found.at_edge:.0%} of the draws have no optimum of N at this compute"
-            verdicts = (Verdict("warning", "optimum", message),)
+        if failed := next((each for each in found.verdicts if each.level == "failure"), None):
+            raise Unidentified(failed.message)
         proposal = {"N": found.N, "D": found.D}
-        return Decision({"C": compute}, proposal, {"N": found.plateau}, found.regret, math.nan, verdicts)
+        return Decision({"C": compute}, proposal, {"N": found.plateau}, found.regret, math.nan, found.verdicts)
     if n is None:
         n = _size_of(compute / d, flops_of)
     elif d is None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,10 @@ from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.observe.memory import estimate
 from runtime.parallel.mesh import plan_layout
+from scaling import decisions
+from scaling.laws import find
 from scaling.laws_file import write
-from scaling.proposal import allocate, value_at
+from scaling.proposal import allocate, law_for, value_at
 from scaling.results import Analysis, Bowl, Estimate
 from scaling.table import RunTable, tidy
 from tests.fits import HOFFMANN, batch_fit, fit, loss_fit, rate_fit
@@ -377,3 +380,40 @@ def test_too_small_a_budget_says_so(tmp_path, capsys):
     laws = write_laws(tmp_path, *small_fits(), table=grid())
     code, said, _ = run(capsys, "--laws", laws, "--params=400K", "--tokens=8M", "--next=3", "--budget=1e3")
     assert code == 0 and "no run of at most 1000 FLOPs" in said
+
+
+# What is refused alike by fit, plan and auto.
+
+
+def untied(at_edge):
+    """A law of loss of whose draws this share has no optimum of N: its tokens are worth nothing."""
+    law = loss_fit()
+    draws = law.draws.copy()
+    draws[: round(at_edge * len(draws))] = find("chinchilla").coordinates(HOFFMANN | {"B": 1e-6})
+    return replace(law, draws=draws)
+
+
+def test_an_identified_law_that_comes_second_is_decided_by(tmp_path):
+    fits = [fit("chinchilla", HOFFMANN | {"A": 4000.0}, level="failure"), loss_fit()]
+    best = allocate(loss_fit(), 1e20).N.value
+    assert law_for(fits, "loss") == (fits[1], ())
+    planned = make_plan_of(write_laws(tmp_path, *fits), Target(1e20), None)
+    for found in (planned.decision, decisions.decide({"C": 1e20}, fits)):
+        assert found.proposal["N"].value == pytest.approx(best)
+
+
+def test_compute_is_not_split_by_a_law_that_is_not_identified():
+    found = decisions.decide({"C": 1e20}, [loss_fit(level="failure")])
+    assert not found.proposal and [each.code for each in found.verdicts if each.level == "failure"] == ["law"]
+    given = decisions.decide({"N": 1e9, "D": 1e10}, [loss_fit(level="failure"), rate_fit(), batch_fit()], bowls())
+    assert "loss" not in given.proposal and {"N", "D", "lr", "batch_tokens"} <= set(given.proposal)
+    assert [(each.level, each.code) for each in given.verdicts] == [("warning", "law")]
+
+
+@pytest.mark.parametrize(("at_edge", "told"), [(0.04, True), (0.1, False)])
+def test_draws_without_an_optimum_are_a_failure_beyond_a_few(tmp_path, capsys, at_edge, told):
+    law = untied(at_edge)
+    found = decisions.decide({"C": 1e20}, [law])
+    assert bool(found.proposal) == told
+    assert {each.level for each in found.verdicts if each.code == "no_optimum"} == {"warning" if told else "failure"}
+    assert run(capsys, "--laws", write_laws(tmp_path, law), "--compute", "1e20")[0] == (0 if told else 3)
