@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.auto import Laws, columns_of, round_batch, round_rate
+from launch.auto import Laws, columns_of, round_batch, round_rate, settle
 from launch.config import read, validated
 from launch.growth_config import RunConfiguration
 from launch.shapes import Family
@@ -17,8 +17,7 @@ from runtime.model.counts import count, flops_per_token
 from runtime.observe.dry_run import supposed_device
 from runtime.observe.memory import estimate
 from runtime.parallel.mesh import plan_layout
-from scaling import optima
-from scaling.proposal import FLOPS, allocate, extrapolation, law_for, reach, value_at
+from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, reach, value_at
 from scaling.results import Decision, Estimate, Fit, Plateau, Verdict
 
 QUANTITIES = ("loss", "batch_tokens", "lr")
@@ -177,31 +176,30 @@ def _size_of(flops: float, flops_of: Callable[[np.ndarray], np.ndarray]) -> floa
 def decide(laws: Laws, fits: Mapping[str, Fit], found: Decision, known: Mapping[str, float], far: bool) -> Decision:
     """The decision with the settings of a run of these columns, and the loss it may come to. `Unidentified` where a law
     is further from its data than is trusted, unless `far`. A batch among `known` is kept, and the rate follows it."""
-    settings = [fits[name] for name in ("batch_tokens", "lr") if name in fits]
+    settings = [fits[name] for name in ("lr", "batch_tokens") if name in fits]
     used = [*settings, *([fits["loss"]] if "loss" in fits else [])]
     verdicts = [each for each in reach(used, known["flops"]) if each.code == "extrapolation"]
     if not far and (beyond := next((each for each in verdicts if each.level == "failure"), None)):
         raise Unidentified(f"{beyond.message}; --far takes the law's word for it")
     proposal, plateaus, regret = dict(found.proposal), dict(found.plateau), found.regret
+    excess = 0.0
     positive = {name: each for name, each in known.items() if each > 0}
-    if settings and all(len(each.draws) and math.isfinite(each.noise) for each in settings):
-        n = positive[settings[0].size]
-        target = positive | {"N": n, "D": known["tokens"], "C": known["flops"]}
-        best = optima.decide(target, settings, laws.bowls, far=True)
+    if best := settle(laws, settings, positive):
         verdicts += [each for each in best.verdicts if each.code != "extrapolation"]
         proposal |= {name: best.proposal[name] for name in ("batch_tokens", "lr") if name in best.proposal}
         plateaus |= best.plateau
         regret = math.fsum(each for each in (regret, best.regret) if math.isfinite(each)) or math.nan
+        excess = best.excess
     else:
-        for fit in settings:
+        for fit in reversed(settings):  # a law of the rate may be one of the batch too
             if fit.quantity not in known:
                 proposal[fit.quantity] = value_at(fit, positive)
                 positive.setdefault(fit.quantity, proposal[fit.quantity].value)
     if "loss" in fits:
-        proposal["loss"] = value_at(fits["loss"], positive)
+        proposal["loss"] = loss_at(fits["loss"], positive, excess)
     verdicts = tuple(Verdict("warning", each.code, each.message) for each in verdicts)
     beyond = extrapolation(used, known["flops"])
-    return Decision(found.target, proposal, plateaus, regret, beyond, (*found.verdicts, *verdicts))
+    return Decision(found.target, proposal, plateaus, regret, beyond, (*found.verdicts, *verdicts), excess)
 
 
 def _shaped(
@@ -256,13 +254,21 @@ def _at_batch(best: Decision, given: Decision, batch_tokens: int) -> Decision:
     """The best decision with the rate and loss of the batch that the mesh carries, and a warning where it is off."""
     moved = {name: given.proposal[name] for name in ("lr", "loss") if name in given.proposal}
     plateaus = dict(best.plateau) | {name: each for name, each in given.plateau.items() if name == "lr"}
-    verdicts = best.verdicts
+    held = [each for each in given.verdicts if each.code == "stability"]
+    verdicts = (*(each for each in best.verdicts if each.code != "stability"), *held)
     if (wanted := best.proposal.get("batch_tokens")) is not None:
         flat = best.plateau.get("batch_tokens", Plateau(wanted.value * 2 / 3, wanted.value * 3 / 2))
         if not flat.low <= batch_tokens <= flat.high:
             said = f"the mesh carries {batch_tokens:,} tokens a batch; good are {flat.low:,.0f} to {flat.high:,.0f}"
             verdicts = (*verdicts, Verdict("warning", "batch", said))
-    return replace(best, proposal={**best.proposal, **moved}, plateau=plateaus, verdicts=verdicts)
+    return replace(
+        best,
+        proposal={**best.proposal, **moved},
+        plateau=plateaus,
+        regret=given.regret,
+        verdicts=verdicts,
+        excess=given.excess,
+    )
 
 
 def checked(raw: Mapping[str, Any]) -> RunConfiguration:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from scaling import optima
-from scaling.proposal import FLOPS, allocate, extrapolation, law_for, reach, value_at
+from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, reach
 from scaling.results import Bowl, Decision, Estimate, Fit, Plateau, Verdict
 from scaling.table import column_of
 
@@ -52,7 +52,7 @@ def decide(
     known |= {name: value for name, value in constants.items() if value > 0}
     known |= {column_of(name, name): value for name, value in target.items() if name not in SIZES}
     known |= {"N": size, "D": tokens, "C": compute}
-    settings = []
+    settings, excess = [], 0.0
     for quantity in ("lr", "batch_tokens"):
         fit, without = law_for(fits, quantity)
         settings += [fit] if fit else []
@@ -62,20 +62,20 @@ def decide(
         said += found.verdicts
         proposal |= {name: each for name, each in found.proposal.items() if name not in proposal}
         plateaus |= found.plateau
-        regret = _sum(regret, found.regret)
+        regret, excess = _sum(regret, found.regret), found.excess
     if loss is not None:
         said += _reach(loss, compute, far)
         try:
             columns = {column_of(name, loss.size): value for name, value in known.items()}
             settled = {name: each.value for name, each in proposal.items() if name in ("lr", "batch_tokens")}
-            proposal["loss"] = value_at(loss, {**columns, **settled})
+            proposal["loss"] = loss_at(loss, {**columns, **settled}, excess)
         except ValueError as error:
             said.append(Verdict("warning", "not_told", f"no loss is predicted: {error}"))
     beyond = np.nanmax([_beyond(fit, compute) for fit in (loss, *settings)], initial=-np.inf)
     refused = any(each.level == "failure" and each.code == "extrapolation" for each in said)
     if refused:
-        proposal, plateaus, regret = {}, {}, np.nan
-    return Decision(target, proposal, plateaus, regret, float(beyond) if beyond > 0 else np.nan, tuple(said))
+        proposal, plateaus, regret, excess = {}, {}, np.nan, 0.0
+    return Decision(target, proposal, plateaus, regret, float(beyond) if beyond > 0 else np.nan, tuple(said), excess)
 
 
 def _sizes(

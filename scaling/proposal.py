@@ -153,6 +153,14 @@ def value_at(fit: Fit, known: Mapping[str, float]) -> Estimate:
     return _estimate(np.log(value), draws)
 
 
+def loss_at(fit: Fit, known: Mapping[str, float], excess: float) -> Estimate:
+    """`value_at` of a law of the loss of tuned runs, for one that is off its best rate and batch by this share."""
+    found = value_at(fit, known)
+    if {"lr", "B", "batch_tokens"} & set(find(fit.law).inputs):
+        return found
+    return Estimate(*((1 + excess) * each for each in (found.value, found.low, found.high, found.error)))
+
+
 def inputs_of(fit: Fit, known: Mapping[str, float]) -> Inputs:
     """The inputs of a law by symbol, (1,) each. ValueError for one that is not known."""
     found = {}
