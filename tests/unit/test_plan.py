@@ -465,3 +465,12 @@ def test_the_loss_and_the_regret_have_what_a_given_batch_costs(tmp_path, preset)
         known = {"non_embedding": each.proposal["N"].value, "tokens": each.proposal["D"].value}
         assert each.proposal["loss"].value == pytest.approx(value_at(small_fits()[0], known).value * (1 + excess))
     assert near.excess < 1e-3 and "batch" not in {verdict.code for verdict in near.verdicts}
+
+
+def test_the_next_runs_of_a_target_too_far_are_refused_unless_asked_for(tmp_path, capsys):
+    laws = write_laws(tmp_path, *small_fits(largest=1e12), table=grid())
+    arguments = ("--laws", laws, "--params=400K", "--tokens=8M", "--next=1", "--budget=2e13")
+    code, _, err = run(capsys, *arguments)
+    assert code == 3 and "19.2 times the most" in err and "--far" in err
+    code, said, _ = run(capsys, *arguments, "--far")
+    assert code == 0 and "19.2 times the most" in said
