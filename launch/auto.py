@@ -10,11 +10,12 @@ from pydantic import ValidationError
 
 from runtime.config import Config
 from runtime.model.counts import count, flops_per_token
+from scaling import optima
 from scaling.laws import find
 from scaling.laws_file import read
-from scaling.proposal import inputs_of, reach, value_at
+from scaling.proposal import inputs_of, law_for, reach, value_at
 from scaling.published import PUBLISHED, published
-from scaling.results import Bowl, Estimate, Fit
+from scaling.results import Bowl, Decision, Estimate, Fit
 
 AUTO = "auto"
 QUANTITIES = {"batch.sequences": "batch_tokens", "optim.lr": "lr"}
@@ -30,9 +31,9 @@ class Laws(Protocol):
     """Where laws come from: a laws file, or a publication."""
 
     name: str
+    fits: Sequence[Fit]
+    """Of each quantity the chosen one first."""
     bowls: Sequence[Bowl]
-
-    def best(self, quantity: str) -> Fit | None: ...
 
 
 class PublishedLaws:
@@ -40,9 +41,7 @@ class PublishedLaws:
 
     def __init__(self, name: str):
         self.name, self.bowls = name, ()
-
-    def best(self, quantity: str) -> Fit | None:
-        return published(self.name, quantity) if quantity in PUBLISHED[self.name] else None
+        self.fits = tuple(published(name, quantity) for quantity in PUBLISHED[name])
 
 
 class FileLaws:
@@ -50,10 +49,7 @@ class FileLaws:
 
     def __init__(self, path: str):
         found = read(Path(path) / "laws.json" if Path(path).is_dir() else path)
-        self.name, self.bowls, self.analysis = found.path, found.bowls, found
-
-    def best(self, quantity: str) -> Fit | None:
-        return self.analysis.best(quantity)
+        self.name, self.fits, self.bowls, self.analysis = found.path, found.fits, found.bowls, found
 
 
 def open_laws(source: str) -> Laws:
@@ -157,11 +153,16 @@ def evaluate(key: str, fit: Fit, known: Mapping[str, float]) -> Estimate:
         raise ValueError(f"{key}: {error}{hint}") from None
 
 
-def refuse_unidentified(fit: Fit) -> None:
-    """ValueError for a law that its data do not identify."""
-    if not fit.identified:
-        reasons = "; ".join(each.message for each in fit.verdicts if each.level == "failure")
-        raise ValueError(f"the law of {fit.quantity} ({fit.law}) is not identified by its data: {reasons}")
+def settle(laws: Laws, settings: Sequence[Fit], known: Mapping[str, float]) -> Decision | None:
+    """Learning rate and batch of a run of these columns as `optima.decide` has them, by laws of lr and batch_tokens. A
+    batch that is known is kept. None where the laws have no draws or no scatter, or the run no length."""
+    if not settings or not {"tokens", "flops"} <= set(known):
+        return None
+    if not all(len(each.draws) and math.isfinite(each.noise) for each in settings):
+        return None
+    target = {name: each for name, each in known.items() if each > 0 and name != "lr"}
+    target |= {"N": target[settings[0].size], "D": target["tokens"], "C": target["flops"]}
+    return optima.decide(target, settings, laws.bowls, far=True, stability=law_for(laws.fits, "max_lr")[0])
 
 
 def describe(fit: Fit) -> dict[str, Any]:
@@ -199,15 +200,20 @@ def _value(
 ) -> dict[str, Any]:
     """The record of one key. ValueError for a law that cannot tell it."""
     quantity = QUANTITIES[key]
-    fit = laws.best(quantity)
+    fit, missing = law_for(laws.fits, quantity)
+    if fit is None and missing[0].code == "law":
+        raise ValueError(f'{key} = "auto": {missing[0].message}')
     if fit is None:
         raise ValueError(
             f'{key} = "auto": {laws.name} has no law of {quantity}; these have: {", ".join(_telling(quantity))}'
         )
-    refuse_unidentified(fit)
-    estimate = evaluate(key, fit, known)
+    estimate, notes = evaluate(key, fit, known), ()
+    settings = [each for name in ("lr", "batch_tokens") if (each := law_for(laws.fits, name)[0]) is not None]
+    asked = {name: each for name, each in known.items() if quantity == "lr" or not name.startswith("batch")}
+    if found := settle(laws, settings if quantity == "lr" else [fit], asked):
+        estimate, notes = found.proposal[quantity], found.verdicts
     judged = reach([fit], known.get("flops", math.nan))
-    warnings = [each.message for each in judged]
+    warnings = [each.message for each in (*judged, *notes) if each not in notes or each.code != "extrapolation"]
     if not far and any(each.level == "failure" for each in judged):
         raise ValueError(f"{key}: {warnings[0]}; law.far = true takes it nevertheless")
     if key == "batch.sequences":

@@ -7,12 +7,12 @@ import numpy as np
 
 from launch.auto import FileLaws, Laws, round_batch, round_rate
 from launch.growth_config import RunConfiguration
-from launch.planning import Machine, Preset, Target, checked, draft, refuse_unidentified, short, sizes, whole_steps
+from launch.planning import Machine, Preset, Target, Unidentified, checked, draft, short, sizes, told_by, whole_steps
 from launch.shapes import Family
 from runtime.model.counts import count as counted
 from scaling.columns import DIVERGED, RUNNING
 from scaling.design import Proposal, next_runs
-from scaling.proposal import FLOPS
+from scaling.proposal import FLOPS, reach
 
 MOST_APART = 0.02
 """Of ln N: a shape further from the size that was asked for is another cell of the grid."""
@@ -33,34 +33,39 @@ class NextRun:
 
 
 def design(
-    laws: Laws, target: Target, preset: Preset | None, machine: Machine, count: int, budget: float
+    laws: Laws, target: Target, preset: Preset | None, machine: Machine, count: int, budget: float, far: bool = False
 ) -> list[NextRun]:
     """Up to `count` runs of at most `budget` FLOPs together that reduce the expected regret at the target most.
 
     Laws of learning rate and batch need not be identified: that is what the runs are for. ValueError for bad input,
-    `Unidentified` where the compute is to be split by a loss law that is not identified.
+    `Unidentified` where the compute is to be split by a loss law that is not identified, and, unless `far`, where the
+    target is further from the data of these laws than is trusted.
     """
     if not isinstance(laws, FileLaws):
         raise ValueError(f"--next needs the runs that a laws file keeps, and {laws.name} is a publication")
-    fits = {"loss": fit} if (fit := laws.best("loss")) is not None else {}
-    if target.params is None and target.tokens is None:
-        refuse_unidentified(fits)
-    known = next((fit for name in ("lr", "batch_tokens", "loss") if (fit := laws.best(name)) is not None), None)
+    fits = told_by(laws, ["loss"] if target.splits else [])
+    ordered = sorted(laws.fits, key=lambda fit: ("lr", "batch_tokens", "loss", fit.quantity).index(fit.quantity))
+    known = ordered[0] if ordered else None
     size = known.size if known else "non_embedding"
     family = Family(preset.config.model, preset.config.parallel.tensor) if preset else None
     flops_of = family.flops_per_token(size, preset.config.data.seq_len) if family else lambda wanted: FLOPS * wanted
     found = sizes(fits, target, flops_of).proposal
+    compute = target.compute or found["D"].value * float(flops_of(np.array([found["N"].value]))[0])
+    judged = reach([*fits.values(), *([known] if known and known.quantity not in fits else [])], compute)
+    if not far and (beyond := next((each for each in judged if each.level == "failure"), None)):
+        raise Unidentified(f"{beyond.message}; --far takes the law's word for it")
+    warned = tuple(each.message for each in judged)
     table = laws.analysis.table
     status = table.frame["status"] if "status" in table.frame else np.full(len(table), None)
     rows = table.where(laws.analysis.used | np.isin(np.array(status, dtype=object), (DIVERGED, RUNNING)))
     chosen = next_runs(rows, size, [(found["N"].value, found["D"].value)], count=count, budget_flops=budget)
-    runs = [NextRun(each, number, len(chosen), size) for number, each in enumerate(chosen, 1)]
+    runs = [NextRun(each, number, len(chosen), size, notes=warned) for number, each in enumerate(chosen, 1)]
     return [_configured(run, preset, family, machine) for run in runs] if preset else runs
 
 
 def _configured(run: NextRun, preset: Preset, family: Family, machine: Machine) -> NextRun:
     """The run with its configuration: the nearest shape, and the batch that the mesh carries."""
-    each, notes = run.proposal, []
+    each, notes = run.proposal, list(run.notes)
     model = family.nearest(run.size, each.N)
     have = getattr(counted(model), run.size)
     if abs(np.log(have / each.N)) > MOST_APART:

@@ -85,7 +85,7 @@ def planned(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
     folder = None if arguments.out is None else Path(arguments.out)
     if arguments.next is not None:
         budget = amount("budget", arguments.budget)
-        runs = design(laws, target, preset, machine, arguments.next, budget)
+        runs = design(laws, target, preset, machine, arguments.next, budget, arguments.far)
         return next_table(runs, laws, budget), write_next(runs, laws, folder) if folder else []
     plan = make_plan(laws, target, preset, machine, arguments.far)
     return table(plan, laws, arguments.throughput), [write(plan, laws, folder)] if folder else []

@@ -74,7 +74,8 @@ def next_table(runs: Sequence[NextRun], laws: Laws, budget: float) -> str:
         grid.add_row(f"{number}", *numbers, f"{run.regret_after:.3%}")
     spent = math.fsum(each.proposal.flops for each in runs)
     below = f"{spent:.4g} of {budget:.4g} FLOPs; expected regret at the target now {runs[0].proposal.regret_before:.3%}"
-    return f"By {laws.name}\n\n{_text(grid)}\n{below}"
+    notes = "".join(f"\nwarning: {each}" for each in dict.fromkeys(note for run in runs for note in run.notes))
+    return f"By {laws.name}\n\n{_text(grid)}\n{below}{notes}"
 
 
 def _text(grid: Table) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.auto import Laws, columns_of, round_batch, round_rate
+from launch.auto import Laws, columns_of, round_batch, round_rate, settle
 from launch.config import read, validated
 from launch.growth_config import RunConfiguration
 from launch.shapes import Family
@@ -17,8 +17,7 @@ from runtime.model.counts import count, flops_per_token
 from runtime.observe.dry_run import supposed_device
 from runtime.observe.memory import estimate
 from runtime.parallel.mesh import plan_layout
-from scaling import optima
-from scaling.proposal import FLOPS, allocate, extrapolation, reach, value_at
+from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, reach, value_at
 from scaling.results import Decision, Estimate, Fit, Plateau, Verdict
 
 QUANTITIES = ("loss", "batch_tokens", "lr")
@@ -55,6 +54,11 @@ class Target:
         for name in given:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name):g} is not positive")
+
+    @property
+    def splits(self) -> bool:
+        """Whether N and D are for the law of loss to choose."""
+        return self.params is None and self.tokens is None
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,11 @@ def open_preset(path: str, overrides: Sequence[str]) -> Preset:
 
 def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machine, far: bool = False) -> Plan:
     """The plan for a target. ValueError for bad input, `Unidentified` where the laws do not tell it."""
-    fits = {name: fit for name in QUANTITIES if (fit := laws.best(name)) is not None}
+    fits = told_by(laws, [name for name in QUANTITIES if name != "loss" or target.splits])
+    if not target.splits and (loss := law_for(laws.fits, "loss")[0]):
+        fits = {"loss": loss} | fits  # which nothing that is asked for depends on
     if not fits:
         raise ValueError(f"{laws.name} has no law of {', '.join(QUANTITIES)}")
-    if target.params is not None and target.tokens is not None and "loss" in fits and not fits["loss"].identified:
-        fits.pop("loss")  # which nothing that is asked for depends on
-    refuse_unidentified(fits)
     size = next(iter(fits.values())).size
     if preset is None:
         found = sizes(fits, target, lambda wanted: FLOPS * wanted)
@@ -129,26 +132,32 @@ def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machin
     )
 
 
-def refuse_unidentified(fits: Mapping[str, Fit]) -> None:
-    for name, fit in fits.items():
-        if not fit.identified:
-            reasons = "; ".join(each.message for each in fit.verdicts if each.level == "failure")
-            raise Unidentified(f"the law of {name} ({fit.law}) is not identified by its data: {reasons}")
+def told_by(laws: Laws, quantities: Sequence[str]) -> dict[str, Fit]:
+    """The law to decide each quantity by, where there is one. `Unidentified` where there are only unidentified ones."""
+    found = {}
+    for name in quantities:
+        fit, missing = law_for(laws.fits, name)
+        if missing and missing[0].code == "law":
+            raise Unidentified(missing[0].message)
+        if fit is not None:
+            found[name] = fit
+    return found
 
 
 def sizes(fits: Mapping[str, Fit], target: Target, flops_of: Callable[[np.ndarray], np.ndarray]) -> Decision:
-    """N and D for a target, by the loss law where only the compute is given. `flops_of` as of `allocate`."""
+    """N and D for a target, by the loss law where only the compute is given. `flops_of` as of `allocate`.
+
+    `Unidentified` where too many draws of the law have no optimum.
+    """
     compute, n, d = target.compute, target.params, target.tokens
-    if compute is not None and n is None and d is None:
+    if target.splits:
         if "loss" not in fits:
             raise ValueError("there is no law of loss, which --compute alone needs; give --params or --tokens too")
         found = allocate(fits["loss"], compute, flops_of)
-        verdicts = ()
-        if found.at_edge:
-            message = f"{found.at_edge:.0%} of the draws have no optimum of N at this compute"
-            verdicts = (Verdict("warning", "optimum", message),)
+        if failed := next((each for each in found.verdicts if each.level == "failure"), None):
+            raise Unidentified(failed.message)
         proposal = {"N": found.N, "D": found.D}
-        return Decision({"C": compute}, proposal, {"N": found.plateau}, found.regret, math.nan, verdicts)
+        return Decision({"C": compute}, proposal, {"N": found.plateau}, found.regret, math.nan, found.verdicts)
     if n is None:
         n = _size_of(compute / d, flops_of)
     elif d is None:
@@ -167,31 +176,30 @@ def _size_of(flops: float, flops_of: Callable[[np.ndarray], np.ndarray]) -> floa
 def decide(laws: Laws, fits: Mapping[str, Fit], found: Decision, known: Mapping[str, float], far: bool) -> Decision:
     """The decision with the settings of a run of these columns, and the loss it may come to. `Unidentified` where a law
     is further from its data than is trusted, unless `far`. A batch among `known` is kept, and the rate follows it."""
-    settings = [fits[name] for name in ("batch_tokens", "lr") if name in fits]
+    settings = [fits[name] for name in ("lr", "batch_tokens") if name in fits]
     used = [*settings, *([fits["loss"]] if "loss" in fits else [])]
     verdicts = [each for each in reach(used, known["flops"]) if each.code == "extrapolation"]
     if not far and (beyond := next((each for each in verdicts if each.level == "failure"), None)):
         raise Unidentified(f"{beyond.message}; --far takes the law's word for it")
     proposal, plateaus, regret = dict(found.proposal), dict(found.plateau), found.regret
+    excess = 0.0
     positive = {name: each for name, each in known.items() if each > 0}
-    if settings and all(len(each.draws) and math.isfinite(each.noise) for each in settings):
-        n = positive[settings[0].size]
-        target = positive | {"N": n, "D": known["tokens"], "C": known["flops"]}
-        best = optima.decide(target, settings, laws.bowls, far=True)
+    if best := settle(laws, settings, positive):
         verdicts += [each for each in best.verdicts if each.code != "extrapolation"]
         proposal |= {name: best.proposal[name] for name in ("batch_tokens", "lr") if name in best.proposal}
         plateaus |= best.plateau
         regret = math.fsum(each for each in (regret, best.regret) if math.isfinite(each)) or math.nan
+        excess = best.excess
     else:
-        for fit in settings:
+        for fit in reversed(settings):  # a law of the rate may be one of the batch too
             if fit.quantity not in known:
                 proposal[fit.quantity] = value_at(fit, positive)
                 positive.setdefault(fit.quantity, proposal[fit.quantity].value)
     if "loss" in fits:
-        proposal["loss"] = value_at(fits["loss"], positive)
+        proposal["loss"] = loss_at(fits["loss"], positive, excess)
     verdicts = tuple(Verdict("warning", each.code, each.message) for each in verdicts)
     beyond = extrapolation(used, known["flops"])
-    return Decision(found.target, proposal, plateaus, regret, beyond, (*found.verdicts, *verdicts))
+    return Decision(found.target, proposal, plateaus, regret, beyond, (*found.verdicts, *verdicts), excess)
 
 
 def _shaped(
@@ -246,13 +254,21 @@ def _at_batch(best: Decision, given: Decision, batch_tokens: int) -> Decision:
     """The best decision with the rate and loss of the batch that the mesh carries, and a warning where it is off."""
     moved = {name: given.proposal[name] for name in ("lr", "loss") if name in given.proposal}
     plateaus = dict(best.plateau) | {name: each for name, each in given.plateau.items() if name == "lr"}
-    verdicts = best.verdicts
+    held = [each for each in given.verdicts if each.code == "stability"]
+    verdicts = (*(each for each in best.verdicts if each.code != "stability"), *held)
     if (wanted := best.proposal.get("batch_tokens")) is not None:
         flat = best.plateau.get("batch_tokens", Plateau(wanted.value * 2 / 3, wanted.value * 3 / 2))
         if not flat.low <= batch_tokens <= flat.high:
             said = f"the mesh carries {batch_tokens:,} tokens a batch; good are {flat.low:,.0f} to {flat.high:,.0f}"
             verdicts = (*verdicts, Verdict("warning", "batch", said))
-    return replace(best, proposal={**best.proposal, **moved}, plateau=plateaus, verdicts=verdicts)
+    return replace(
+        best,
+        proposal={**best.proposal, **moved},
+        plateau=plateaus,
+        regret=given.regret,
+        verdicts=verdicts,
+        excess=given.excess,
+    )
 
 
 def checked(raw: Mapping[str, Any]) -> RunConfiguration:

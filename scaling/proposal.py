@@ -19,6 +19,8 @@ COST = 1e-3
 WARNS, REFUSES = 3.0, 10.0
 """Times the largest compute of a law's data from which an extrapolation is warned of, and refused unless asked for."""
 GRID = 801
+AT_EDGE = 0.05
+"""Share of draws without an optimum from which the data do not tell one."""
 FLOPS = 6.0
 """For each parameter and token (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
 FEWEST = 1e3
@@ -38,6 +40,26 @@ class Allocation:
     """Expected excess of the loss, as a share, for not knowing the law exactly; NaN without draws."""
     at_edge: float
     """Share of draws that have no optimum between too few parameters and too few tokens."""
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """A warning where some draws have no optimum, a failure where more do than can be left out."""
+        if not self.at_edge > 0:
+            return ()
+        message = f"{self.at_edge:.0%} of the bootstrap has no optimum between too few parameters and too few tokens"
+        return (Verdict("failure" if self.at_edge > AT_EDGE else "warning", "no_optimum", message),)
+
+
+def law_for(fits: Sequence[Fit], quantity: str) -> tuple[Fit | None, tuple[Verdict, ...]]:
+    """The law to decide a quantity by: the first that its data identify. Without one a failure, which says why not."""
+    known = [fit for fit in fits if fit.quantity == quantity]
+    if found := next((fit for fit in known if fit.identified), None):
+        return found, ()
+    if not known:
+        return None, (Verdict("failure", "no_law", f"there is no law of {quantity}"),)
+    reasons = "; ".join(each.message for each in known[0].verdicts if each.level == "failure")
+    message = f"the law of {quantity} ({known[0].law}) is not identified by its data: {reasons}"
+    return None, (Verdict("failure", "law", message),)
 
 
 def allocate(
@@ -129,6 +151,14 @@ def value_at(fit: Fit, known: Mapping[str, float]) -> Estimate:
     if fit.quantity == "loss" and np.isfinite(fit.noise):
         draws = draws + fit.noise * np.random.default_rng(0).standard_normal(len(draws))
     return _estimate(np.log(value), draws)
+
+
+def loss_at(fit: Fit, known: Mapping[str, float], excess: float) -> Estimate:
+    """`value_at` of a law of the loss of tuned runs, for one that is off its best rate and batch by this share."""
+    found = value_at(fit, known)
+    if {"lr", "B", "batch_tokens"} & set(find(fit.law).inputs):
+        return found
+    return Estimate(*((1 + excess) * each for each in (found.value, found.low, found.high, found.error)))
 
 
 def inputs_of(fit: Fit, known: Mapping[str, float]) -> Inputs:

@@ -123,6 +123,8 @@ class Decision:
     extrapolation: float
     """Compute of the target over the largest compute of the rows."""
     verdicts: tuple[Verdict, ...] = ()
+    excess: float = 0.0
+    """Of the loss, as a share, for a batch or a rate that is held off its optimum: part of the proposed loss."""
 
 
 @dataclass(frozen=True)

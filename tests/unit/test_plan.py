@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import main as verbs
-from launch import plan
-from launch.auto import open_laws
+from launch import plan, planning
+from launch.auto import columns_of, open_laws
 from launch.config import compose
-from launch.planning import Machine, Target, make_plan, open_preset
+from launch.planning import Machine, Target, make_plan, open_preset, sizes
 from launch.shapes import Family
 from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.observe.memory import estimate
 from runtime.parallel.mesh import plan_layout
+from scaling import decisions, optima
+from scaling.laws import find
 from scaling.laws_file import write
-from scaling.proposal import allocate, value_at
+from scaling.proposal import allocate, law_for, value_at
 from scaling.results import Analysis, Bowl, Estimate
 from scaling.table import RunTable, tidy
 from tests.fits import HOFFMANN, batch_fit, fit, loss_fit, rate_fit
@@ -377,3 +380,97 @@ def test_too_small_a_budget_says_so(tmp_path, capsys):
     laws = write_laws(tmp_path, *small_fits(), table=grid())
     code, said, _ = run(capsys, "--laws", laws, "--params=400K", "--tokens=8M", "--next=3", "--budget=1e3")
     assert code == 0 and "no run of at most 1000 FLOPs" in said
+
+
+# What is refused alike by fit, plan and auto.
+
+
+def untied(at_edge):
+    """A law of loss of whose draws this share has no optimum of N: its tokens are worth nothing."""
+    law = loss_fit()
+    draws = law.draws.copy()
+    draws[: round(at_edge * len(draws))] = find("chinchilla").coordinates(HOFFMANN | {"B": 1e-6})
+    return replace(law, draws=draws)
+
+
+def test_an_identified_law_that_comes_second_is_decided_by(tmp_path):
+    fits = [fit("chinchilla", HOFFMANN | {"A": 4000.0}, level="failure"), loss_fit()]
+    best = allocate(loss_fit(), 1e20).N.value
+    assert law_for(fits, "loss") == (fits[1], ())
+    planned = make_plan_of(write_laws(tmp_path, *fits), Target(1e20), None)
+    for found in (planned.decision, decisions.decide({"C": 1e20}, fits)):
+        assert found.proposal["N"].value == pytest.approx(best)
+
+
+def test_compute_is_not_split_by_a_law_that_is_not_identified():
+    found = decisions.decide({"C": 1e20}, [loss_fit(level="failure")])
+    assert not found.proposal and [each.code for each in found.verdicts if each.level == "failure"] == ["law"]
+    given = decisions.decide({"N": 1e9, "D": 1e10}, [loss_fit(level="failure"), rate_fit(), batch_fit()], bowls())
+    assert "loss" not in given.proposal and {"N", "D", "lr", "batch_tokens"} <= set(given.proposal)
+    assert [(each.level, each.code) for each in given.verdicts] == [("warning", "law")]
+
+
+@pytest.mark.parametrize(("at_edge", "told"), [(0.04, True), (0.1, False)])
+def test_draws_without_an_optimum_are_a_failure_beyond_a_few(tmp_path, capsys, at_edge, told):
+    law = untied(at_edge)
+    found = decisions.decide({"C": 1e20}, [law])
+    assert bool(found.proposal) == told
+    assert {each.level for each in found.verdicts if each.code == "no_optimum"} == {"warning" if told else "failure"}
+    assert run(capsys, "--laws", write_laws(tmp_path, law), "--compute", "1e20")[0] == (0 if told else 3)
+
+
+def settled_alike(tmp_path, preset, batch, *more, **kept):
+    """The rate of a run with a batch of so many sequences, by fit, plan and auto, and the three's decisions."""
+    fits = (*small_fits(), *more)
+    path = write_laws(tmp_path, *fits, bowls=bowls(), **kept)
+    config = compose(preset, [f"law.source={path}", f"batch.sequences={batch}", "law.far=true"])
+    known = {name: each for name, each in columns_of(config).items() if name != "lr"}
+    target = {"N": known["non_embedding"], "D": known["tokens"], "batch_tokens": batch * 64.0}
+    laws, told = (
+        open_laws(path),
+        {name: fit for name in ("loss", "lr", "batch_tokens") if (fit := law_for(fits, name)[0])},
+    )
+    found = sizes(told, Target(params=target["N"], tokens=target["D"]), lambda wanted: 6 * wanted)
+    planned = planning.decide(laws, told, found, known, True)
+    fitted = decisions.decide(target, fits, bowls(), far=True, stability=law_for(fits, "max_lr")[0])
+    return fitted, planned, config.law_record["values"]["optim.lr"]
+
+
+@pytest.mark.parametrize("batch", [8, 64, 1024])
+@pytest.mark.parametrize("limit", [None, 1e-4])
+def test_fit_plan_and_auto_have_the_same_rate(tmp_path, preset, batch, limit):
+    more = []
+    if limit is not None:
+        values = {"c": limit, "a": 0.0, "b": 0.0, "g": 0.0}
+        more = [fit("stable_lr", values, spread=0.0, details={"sharpness": 10.0})]
+    fitted, planned, record = settled_alike(tmp_path, preset, batch, *more)
+    rates = [fitted.proposal["lr"], planned.proposal["lr"]]
+    for each in rates:
+        assert (each.value, each.low, each.high) == pytest.approx((record["exact"], *record["interval"]), rel=1e-9)
+    for each in (fitted, planned):
+        assert ("stability" in {verdict.code for verdict in each.verdicts}) == (limit is not None)
+    if limit is not None:
+        assert record["exact"] == pytest.approx(limit) and any("is held at" in each for each in record["warnings"])
+
+
+def test_the_loss_and_the_regret_have_what_a_given_batch_costs(tmp_path, preset):
+    near, _, _ = settled_alike(tmp_path, preset, 40)
+    fitted, planned, _ = settled_alike(tmp_path, preset, 1024)
+    best = optima.decide({"N": fitted.target["N"], "D": fitted.target["D"]}, small_fits()[1:], bowls(), far=True)
+    off = math.log(1024 * 64 / best.proposal["batch_tokens"].value)
+    excess = (0.02 - 0.004**2 / 0.009) * off**2 / 2
+    for each in (fitted, planned):
+        assert each.excess == pytest.approx(excess) and each.regret > 0.9 * excess
+        assert "batch" in {verdict.code for verdict in each.verdicts}
+        known = {"non_embedding": each.proposal["N"].value, "tokens": each.proposal["D"].value}
+        assert each.proposal["loss"].value == pytest.approx(value_at(small_fits()[0], known).value * (1 + excess))
+    assert near.excess < 1e-3 and "batch" not in {verdict.code for verdict in near.verdicts}
+
+
+def test_the_next_runs_of_a_target_too_far_are_refused_unless_asked_for(tmp_path, capsys):
+    laws = write_laws(tmp_path, *small_fits(largest=1e12), table=grid())
+    arguments = ("--laws", laws, "--params=400K", "--tokens=8M", "--next=1", "--budget=2e13")
+    code, _, err = run(capsys, *arguments)
+    assert code == 3 and "19.2 times the most" in err and "--far" in err
+    code, said, _ = run(capsys, *arguments, "--far")
+    assert code == 0 and "19.2 times the most" in said
