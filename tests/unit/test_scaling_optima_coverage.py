@@ -40,7 +40,7 @@ def coverage(seeds: range) -> dict[str, float]:
 
 def test_intervals_hold_the_truth():
     """A few ladders: the mean over intervals, within what so few can tell."""
-    assert 0.86 <= np.mean(list(coverage(range(24)).values())) <= 1.0
+    assert np.mean(list(coverage(range(16)).values())) >= 0.86
 
 
 @pytest.mark.slow
