@@ -103,7 +103,7 @@ def test_levels_lie_where_all_runs_have_been_and_else_are_asked_for():
 def test_a_lower_loss_never_costs_less(losses, level):
     wandering = Curve("", np.array(losses), {"tokens": np.arange(1.0, len(losses) + 1)})
     first, second = (cost_to(wandering, each, "tokens").value for each in (level, level - 0.3))
-    assert second >= first
+    assert second >= first * (1 - 1e-12)
 
 
 def test_the_running_median_keeps_a_line_and_drops_a_spike():
