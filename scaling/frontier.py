@@ -153,8 +153,12 @@ def of_law(fit: Fit) -> Frontier | None:
 
     place = {each.name: index for index, each in enumerate(find(fit.law).parameters)}
     vectors = np.vstack([fit.coordinates, fit.draws])
-    a, b, alpha = (vectors[:, place[name]] for name in ("A", "B", "alpha"))
-    beta = vectors[:, place.get("beta", place["alpha"])]
+    exponents = [place["alpha"], place.get("beta", place["alpha"])]
+    vectors = vectors[(vectors[:, exponents] > 0).all(axis=1)]  # with one at its bound 0 there is no optimum
+    if not (fit.coordinates[exponents] > 0).all():
+        return None
+    a, b = vectors[:, place["A"]], vectors[:, place["B"]]
+    alpha, beta = vectors[:, exponents].T
     # Where alpha A N^-alpha = beta B D^-beta: a = beta/(alpha + beta), G = (alpha A / (beta B))^(1/(alpha + beta)).
     factor = (np.log(alpha) + a - np.log(beta) - b) / (alpha + beta)
     share = beta / (alpha + beta)
