@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from runtime.model import linear
 from runtime.model.attention import largest_logit
 from runtime.model.cache import KeyValueCache
 from runtime.model.config import ModelConfig
@@ -169,18 +170,36 @@ def test_blocks_compile_to_one_graph_for_all_depths():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
-def test_every_float32_product_is_onednns(compiled):
-    """Backward too, and when compiled: torch's own is half as fast on some processors."""
+@pytest.mark.parametrize("onednn", [False, True], ids=["MKL", "oneDNN"])
+def test_every_float32_product_is_of_one_library(onednn, compiled, monkeypatch):
+    """Backward too, and when compiled: the other is half as fast on some processors."""
+    if onednn and not linear._HAS_ONEDNN:
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(linear, "_PREFERS_ONEDNN", onednn)
     decoder, tokens = build(torch.float32), draw(2, 20)
     torch.compiler.reset()
     for block in decoder.blocks if compiled else ():
         block.compile(fullgraph=True, backend="aot_eager")
+    decoder(tokens, tokens).total.backward()  # tracing, too, calls products
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         decoder(tokens, tokens).total.backward()
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert "aten::mm" not in calls and "aten::addmm" not in calls
-    assert calls["mkldnn::_linear_pointwise"] == 3 * (7 * 3 + 1)
+    taken, other = ("mkldnn::_linear_pointwise", "aten::mm") if onednn else ("aten::mm", "mkldnn::_linear_pointwise")
+    assert other not in calls and "aten::addmm" not in calls
+    assert calls[taken] == 3 * (7 * 3 + 1)
+
+
+def test_the_libraries_of_products_agree(monkeypatch):
+    if not linear._HAS_ONEDNN:
+        pytest.skip("torch is built without oneDNN")
+    found, tokens = [], draw(2, 20)
+    for onednn in (False, True):
+        monkeypatch.setattr(linear, "_PREFERS_ONEDNN", onednn)
+        decoder = build(torch.float32)
+        loss = decoder(tokens, tokens).total
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in decoder.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "head_dim": 16}, {"tie_embeddings": True}], ids=str)
