@@ -56,10 +56,13 @@ WISH = "below 1.01"
 class Step:
     """One optimizer step of a model on a mesh, as the trainer's, with or without measuring."""
 
-    def __init__(self, shape: Shape, mesh: Mesh, micro_batches: int, *, is_measured: bool):
+    def __init__(
+        self, shape: Shape, mesh: Mesh, micro_batches: int, *, is_measured: bool, parallel: ParallelConfig | None = None
+    ):
         with torch.device("meta"):
             decoder = Decoder(shape.config())
-        self.decoder = parallelize(decoder, mesh, ParallelConfig(recompute="full" if shape.recompute else "none"))
+        parallel = parallel or ParallelConfig(recompute="full" if shape.recompute else "none")
+        self.decoder = parallelize(decoder, mesh, parallel)
         materialize(self.decoder, mesh.device, 0)
         self.parameters = list(self.decoder.parameters())
         self.optimizer = build_optimizer(self.decoder, OptimConfig(lr=1e-3))

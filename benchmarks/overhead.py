@@ -19,9 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from throughput import SHAPES, Shape, batches, machine, ratio
 from torch import nn
 
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.throughput import SHAPES, Shape, batches, machine, ratio
 from runtime.assembly import open_trainer
 from runtime.config import Config
 from runtime.model.decoder import Decoder
@@ -33,13 +36,18 @@ STEPS = 10
 """Steps of one measurement: a logging interval."""
 
 
-def configuration(shape: Shape, folder: Path, steps: int) -> Config:
-    """A run long enough, on random tokens, that does all a run does but evaluate and save."""
+def write_tokens(shape: Shape, folder: Path) -> None:
+    """A token file `train` of random tokens."""
     rng = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{folder / 'train'}.bin", dtype=np.uint16)
     builder.add_item(torch.from_numpy(rng.integers(shape.vocab_size, size=2_000_000)))
     builder.end_document()
     builder.finalize(f"{folder / 'train'}.idx")
+
+
+def configuration(shape: Shape, folder: Path, steps: int) -> Config:
+    """A run long enough, on random tokens, that does all a run does but evaluate and save."""
+    write_tokens(shape, folder)
     return Config.model_validate(
         {
             "run": {"name": "overhead", "dir": str(folder)},

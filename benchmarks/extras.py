@@ -1,0 +1,192 @@
+"""What each extra of the trainer costs: steps with it and without, in turn, beside the least that it could cost.
+
+    python benchmarks/extras.py --shape small --pairs 12 --threads 1
+    python benchmarks/extras.py --parts ema streams --shape 0.3B
+
+Each part opens two trainers that differ in one setting, and the ratio is the median over rounds of the times of a few
+steps of each, with a bootstrap interval. The floor of what only moves memory (averages, norms of pieces, the copy that
+a checkpoint is written from) is its bytes over the bandwidth of a copy of the parameters; that of what changes the model
+is the ratio of FLOPs. `checkpoint` is what training waits for at an asynchronous save, in steps, and how much slower it
+is while one is written.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.architecture import SHAPES
+from benchmarks.floor import bandwidth
+from benchmarks.overhead import write_tokens
+from benchmarks.throughput import Shape, machine, ratio
+from runtime.assembly import open_trainer
+from runtime.config import Config
+from runtime.model.config import ModelConfig
+from runtime.model.counts import count, flops_per_token
+from runtime.startup import process_group
+from runtime.trainer import Trainer
+
+STEPS = 4
+"""Of one measurement."""
+MICRO_BATCHES = 2
+Changes = dict[str, dict[str, Any]]
+"""Settings by section."""
+PARTS: dict[str, Changes] = {
+    "noise scale": {"noise_scale": {"enabled": True}},
+    "guard": {"guard": {"sigma": 6.0}},
+    "logging": {"observe": {"log_every": 1, "tensorboard": True}},
+    "ema": {"optim": {"ema_half_life": 1_000_000}},
+    "tied": {"model": {"tying": {"plan": "cycle", "loops": 2}}},
+    "streams": {"model": {"streams": {"count": 2}}},
+    "experts": {"model": {"experts": {"count": 4, "top_k": 2}}},
+}
+"""What each part's second trainer has; `checkpoint` is a part of its own."""
+CHECKPOINT = "checkpoint"
+
+
+def configuration(shape: Shape, folder: Path, name: str, changes: Changes) -> Config:
+    """A run without an end in sight, with none of the extras but `changes`."""
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"name": name.replace(" ", "-"), "dir": str(folder)},
+        "model": shape.config().model_dump(),
+        "data": {"seq_len": shape.seq_len, "sources": [{"path": str(folder / "train")}]},
+        "batch": {"sequences": shape.batch, "micro_sequences": max(shape.batch // MICRO_BATCHES, 1)},
+        "parallel": {"recompute": "full" if shape.recompute else "none"},
+        "optim": {"lr": 1e-3},
+        "schedule": {"horizon": 10**12, "kind": "constant"},
+        "checkpoint": {"every": "100%"},
+        "evaluation": {"every": "100%"},
+        "noise_scale": {"enabled": False},
+        "observe": {"log_every": 10**6, "tensorboard": False},
+        "guard": {},
+    }
+    return Config.model_validate({key: each | changes.get(key, {}) for key, each in sections.items()})
+
+
+def steps(trainer: Trainer) -> float:
+    """Seconds of a few steps of the loop: on one CPU thread the processor's, which other work hardly lengthens."""
+    on_gpu = torch.cuda.is_available()
+    clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.process_time
+    start = clock()
+    for _ in range(STEPS):
+        trainer.step()
+        assert trainer.report_if_due() is None and trainer.halted() is None
+    if on_gpu:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+@contextmanager
+def opened(*configs: Config) -> Iterator[list[Trainer]]:
+    """The trainers of these runs, warm; what they say goes to stderr."""
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        trainers = [stack.enter_context(open_trainer(each, "")) for each in configs]
+        for trainer in trainers:
+            steps(trainer)
+        yield trainers
+
+
+def part(name: str, shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
+    """Time with an extra over time without, and its floor."""
+    within, without = (configuration(shape, folder, *each) for each in ((name, PARTS[name]), ("without", {})))
+    times: dict[str, list[float]] = {"with": [], "without": []}
+    with opened(within, without) as trainers:
+        contenders = dict(zip(times, trainers, strict=True))
+        for turn in range(pairs):
+            for each in sorted(contenders, reverse=bool(turn % 2)):
+                times[each].append(steps(contenders[each]))
+    step = statistics.median(times["without"]) / STEPS
+    return {
+        "ratio": ratio(times["without"], times["with"]),
+        "floor": floor(name, within.model, without.model, shape, step),
+        "seconds": times,
+    }
+
+
+def floor(name: str, within: ModelConfig, without: ModelConfig, shape: Shape, step: float) -> float:
+    """The least that the ratio of a part could be, where a step without it takes so many seconds."""
+    if within != without:
+        return flops_per_token(within, shape.seq_len) / flops_per_token(without, shape.seq_len)
+    parameters = 4 * count(without).total
+    passes = {"ema": 3, "noise scale": MICRO_BATCHES}.get(name, 0)  # read, read and write; each piece read once
+    return 1 + passes * parameters / bandwidth(_device(), parameters) / step
+
+
+def part_checkpoint(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
+    """Steps that a save holds training up for, and the time of the next few over that of as many without a save. By
+    the wall's clock, as a disk is waited for."""
+    stalls, slowed, wall = [], [], time.perf_counter
+    with opened(configuration(shape, folder, CHECKPOINT, {})) as (trainer,):
+        for _ in range(pairs):
+            start = wall()
+            steps(trainer)
+            plain = wall() - start
+            trainer.save()
+            stalled = wall() - start - plain
+            steps(trainer)
+            slowed.append((wall() - start - plain - stalled, plain))
+            trainer.persistence.store.wait()
+            stalls.append(stalled * STEPS / plain)
+        size = sum(each.nbytes for each in trainer.persistence.tensors().values())
+    step = statistics.median(plain for _, plain in slowed) / STEPS
+    found = {f"{CHECKPOINT}: stall, steps": {
+        "ratio": ratio([1.0] * pairs, stalls), "floor": 2 * size / bandwidth(_device(), size) / step, "seconds": stalls,
+    }}  # fmt: skip
+    during, plain = (list(each) for each in zip(*slowed, strict=True))
+    found[f"{CHECKPOINT}: steps while it is written"] = {
+        "ratio": ratio(plain, during), "floor": 1.0, "seconds": {"with": during, "without": plain},
+    }  # fmt: skip
+    return found
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, CHECKPOINT], default=[*PARTS, CHECKPOINT])
+    parser.add_argument("--pairs", type=int, default=12, help=f"measurements of {STEPS} steps of each")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
+    options = parser.parse_args(argv)
+    if options.pairs < 2:
+        parser.error(f"--pairs {options.pairs}: at least two are needed for an interval")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shape, found = SHAPES[options.shape], {}
+    measures: dict[str, Callable[[Path], dict[str, Any]]] = {
+        name: lambda folder, name=name: {name: part(name, shape, folder, options.pairs)} for name in PARTS
+    }
+    measures[CHECKPOINT] = lambda folder: part_checkpoint(shape, folder, options.pairs)
+    print(", ".join(f"{key} {value}" for key, value in machine(_device()).items()))
+    print(f"{options.shape}: {shape}")
+    print(f"{'extra':34}{'with / without':>16}{'95 % interval':>18}{'floor':>8}", flush=True)
+    with process_group(600):
+        for name in options.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                write_tokens(shape, Path(folder))
+                for label, each in measures[name](Path(folder)).items():
+                    found[label] = each
+                    middle, low, high = each["ratio"]
+                    print(f"{label:34}{middle:16.3f}{f'{low:.3f} to {high:.3f}':>18}{each['floor']:8.3f}", flush=True)
+    if options.json:
+        content = {"machine": machine(_device()), "shape": options.shape, "parts": found}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Where the time of a training step goes, term by term, beside the least that each term could take.
+
+    python benchmarks/floor.py --shape small --threads 1
+    python benchmarks/floor.py --shape 8B --compile --json floor.json
+
+The step is the trainer's: forward and backward, the norm of the gradient, clipping, AdamW. Its operations are traced by
+torch's profiler and put into terms; a term's time is that of its operations themselves, of kernels on a GPU and of
+operators on a CPU. The floor of matrix products and of attention is their FLOPs over the rate of a large product,
+measured here; the floor of all else is the bytes that one pass over its tensors moves, over the bandwidth of a copy,
+measured here. What neither operators nor kernels account for, Python and gaps, is the last term.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.architecture import SHAPES
+from benchmarks.noise_scale import Step
+from benchmarks.throughput import Shape, batches, machine, timed
+from runtime.config import ParallelConfig
+from runtime.model.counts import count, flops_per_token
+from runtime.model.linear import product
+from runtime.parallel.mesh import build as build_mesh
+from runtime.parallel.mesh import plan_layout
+from runtime.startup import process_group
+
+WARMUP, TRACED = 3, 3
+PRODUCTS = ("::mm", "::bmm", "::addmm", "_linear_pointwise", "meristem::product", "::grouped_product")
+ATTENTION = ("scaled_dot_product",)
+CALLERS: Mapping[str, tuple[str, ...]] = {
+    "loss": ("CrossEntropy",),
+    "norms": ("_RMSNorm", "rms_norm", "layer_norm"),
+    "rotary": ("_Rotate",),
+    "gate": ("silu", "Silu"),
+    "optimizer": ("_fused_adamw", "_foreach"),
+    "norm of the gradient, clipping": ("linalg_vector_norm", "clip"),
+    "embedding": ("embedding", "EmbeddingBackward"),
+    "compiled, fused": ("fused", "CompiledFunction", "Torch-Compiled"),
+}
+"""What an operation that is no product belongs to, by the first caller that has one of these in its name."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a term cannot do without, of one step."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def seconds(self, rate: float, bandwidth: float) -> float:
+        return self.flops / rate + self.bytes / bandwidth
+
+
+def floors(shape: Shape, element: int) -> dict[str, Floor]:
+    """Of each term. `element`: bytes of a number of the stream; parameters, gradients and moments have 4.
+
+    Bytes are those of one pass that reads its inputs and writes its outputs once, forward and backward, as if every
+    term were one kernel that nothing before or after is fused with.
+    """
+    config, tokens = shape.config(), shape.batch * shape.seq_len
+    hidden = tokens * shape.hidden_size * element
+    inner = tokens * shape.intermediate_size * element
+    rotated = tokens * config.head_dim * (shape.num_heads + shape.num_kv_heads) * element
+    attention = 12 * shape.num_heads * config.head_dim * shape.seq_len * shape.num_layers * tokens
+    head = 6 * shape.hidden_size * shape.vocab_size * tokens
+    again = 1 / 3 if shape.recompute else 0  # a forward once more, of the blocks alone
+    all_flops = flops_per_token(config, shape.seq_len) * tokens
+    parameters = 4 * count(config).total
+    layers = shape.num_layers * (1 + again)
+    return {
+        "products of blocks": Floor(flops=(all_flops - attention - head) * (1 + again)),
+        "attention": Floor(flops=attention / 2 * (1 + again)),  # half of the square is masked
+        "loss": Floor(flops=head, bytes=3 * hidden),
+        "norms": Floor(bytes=(2 * layers + 1) * 5 * hidden),  # x to y; x and dy to dx
+        "rotary": Floor(bytes=layers * 4 * rotated),
+        "gate": Floor(bytes=layers * 8 * inner),  # two to one; three to two
+        "optimizer": Floor(bytes=7 * parameters),  # p, g, m and v are read, three of them written
+        "norm of the gradient, clipping": Floor(bytes=3 * parameters),
+        "embedding": Floor(bytes=2 * hidden + parameters * shape.vocab_size * shape.hidden_size // count(config).total),
+    }
+
+
+def rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product large enough that nothing but arithmetic counts."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _fastest(lambda: product(a, b), device)
+
+
+def bandwidth(device: torch.device, size: int) -> float:
+    """Bytes/s, read and written, of a copy of so many bytes."""
+    source = torch.ones(max(size // 4, 1), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+
+
+def _fastest(action: Callable[[], Any], device: torch.device, rounds: int = 12) -> float:
+    for _ in range(3):
+        action()
+    return min(timed(lambda *_: action(), (torch.empty(0, device=device),)) for _ in range(rounds))
+
+
+def term_of(event: Any) -> str:
+    """The term that an operation counts to, by its own name or that of the first caller that tells."""
+    if any(part in event.name for part in ATTENTION):
+        return "attention"
+    is_product = any(part in event.name for part in PRODUCTS)
+    caller = event
+    while caller is not None:
+        for term, parts in CALLERS.items():
+            if any(part in caller.name for part in parts) and not (is_product and term == "compiled, fused"):
+                return term
+        if any(part in caller.name for part in ATTENTION):
+            return "attention"
+        is_product = is_product or any(part in caller.name for part in PRODUCTS)
+        caller = caller.cpu_parent
+    return "products of blocks" if is_product else "other operations"
+
+
+def traced(step: Step, shape: Shape, device: torch.device) -> dict[str, float]:
+    """Seconds of each term, a step."""
+    source, activity = batches(shape, device), torch.profiler.ProfilerActivity
+    kinds = [activity.CPU] + [activity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=kinds) as profile:
+        for _ in range(TRACED):
+            step(*next(source))
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    found: dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            found[term_of(event)] += getattr(event, own) / 1e6 / TRACED
+    return dict(found)
+
+
+def measure(shape: Shape, device: torch.device, is_compiled: bool, rounds: int) -> dict[str, Any]:
+    """All that the table says. The times of operations are scaled by nothing: a profiled step is a slower one."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    parallel = ParallelConfig(recompute="full" if shape.recompute else "none", compile=is_compiled)
+    mesh = build_mesh(plan_layout(parallel, 1, shape.config(), shape.seq_len, 1), device.type)
+    step = Step(shape, mesh, 1, is_measured=False, parallel=parallel)
+    source = batches(shape, device)
+    for _ in range(WARMUP):
+        step(*next(source))
+    seconds = statistics.median(timed(step, next(source)) for _ in range(rounds))
+    stream = shape.batch * shape.seq_len * shape.hidden_size * dtype.itemsize
+    return {
+        "seconds": seconds,
+        "rate": rate(device, dtype),
+        "bandwidth": {"stream": bandwidth(device, stream), "parameters": bandwidth(device, 4 * count_of(shape))},
+        "terms": traced(step, shape, device),
+        "element": dtype.itemsize,
+    }
+
+
+def count_of(shape: Shape) -> int:
+    return count(shape.config()).total
+
+
+def table(shape: Shape, found: Mapping[str, Any]) -> list[tuple[str, float, float | None]]:
+    """Term, milliseconds measured, and milliseconds of its floor; the largest gap first, then what has no floor."""
+    known = floors(shape, found["element"])
+    rows = []
+    for term, floor in known.items():
+        wide = found["bandwidth"]["parameters" if term in ("optimizer", "norm of the gradient, clipping") else "stream"]
+        rows.append((term, 1e3 * found["terms"].get(term, 0.0), 1e3 * floor.seconds(found["rate"], wide)))
+    rows.sort(key=lambda row: row[2] - row[1])
+    rest = [(term, 1e3 * each, None) for term, each in found["terms"].items() if term not in known]
+    between = 1e3 * (found["seconds"] - sum(found["terms"].values()))
+    return [*rows, *sorted(rest, key=lambda row: -row[1]), ("between operations", between, None)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, as parallel.compile does")
+    parser.add_argument("--rounds", type=int, default=10, help="steps that are timed without the profiler")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least one step is needed")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape, began = SHAPES[options.shape], time.monotonic()
+    with process_group(600):
+        found = measure(shape, device, options.compile, options.rounds)
+    print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
+    print(f"{options.shape}: {shape}")
+    wide = found["bandwidth"]
+    print(
+        f"a large product {found['rate'] / 1e9:,.0f} GFLOP/s; a copy the size of the stream "
+        f"{wide['stream'] / 1e9:.1f} GB/s, of the parameters {wide['parameters'] / 1e9:.1f} GB/s"
+    )
+    print(f"{'term':32}{'ms a step':>12}{'floor':>10}{'times':>8}")
+    for term, milliseconds, floor in table(shape, found):
+        least = f"{floor:10.1f}{milliseconds / floor:8.2f}" if floor else ""
+        print(f"{term:32}{milliseconds:12.1f}{least}")
+    total = 1e3 * found["seconds"]
+    least = sum(row[2] for row in table(shape, found) if row[2])
+    print(f"{'step':32}{total:12.1f}{least:10.1f}{total / least:8.2f}")
+    if options.json:
+        content = {"machine": machine(device), "shape": options.shape, "compiled": options.compile, **found}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"measured in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
