@@ -4,8 +4,8 @@
     python benchmarks/extras.py --parts ema streams --shape 0.3B
 
 Each part opens two trainers that differ in one setting, and the ratio is the median over rounds of the times of a few
-steps of each, with a bootstrap interval. The floor of what only moves memory (averages, norms of pieces, the copy that
-a checkpoint is written from) is its bytes over the bandwidth of a copy of the parameters; that of what changes the model
+steps of each, with a bootstrap interval. The floor of what only moves memory (averages, norms of pieces, the copy a
+checkpoint is written from) is its bytes over the bandwidth of a copy of the parameters; that of what changes the model
 is the ratio of FLOPs. `checkpoint` is what training waits for at an asynchronous save, in steps, and how much slower it
 is while one is written.
 """
