@@ -80,7 +80,8 @@ def open_session(configs: Sequence[Config], text: str, law: dict[str, Any] | Non
         interruption = stack.enter_context(Interruption())
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         inputs = agree(lambda: open_all_inputs(configs, dist.get_world_size()))
-        torch.use_deterministic_algorithms(config.run.deterministic)
+        if config.run.deterministic != torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(config.run.deterministic)  # brings torch's compiler
         directory = RunDirectory(Path(config.run.dir) / config.run.name)
         lock = stack.enter_context(closing(RunLock(directory.path)))
         agree(lambda: lock.acquire(create=False))

@@ -1,6 +1,7 @@
 """The decoder: embedding, blocks by the depth plan, final norm, head and loss."""
 
-from contextlib import nullcontext
+import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from runtime.model.config import ModelConfig
 from runtime.model.cross_entropy import LinearCrossEntropy, Loss
 from runtime.model.depth import Depth, Use, has_own_parts
 from runtime.model.experts import Balance
-from runtime.model.linear import Linear, linear
+from runtime.model.linear import Embedding, Linear, linear
 from runtime.model.normalization import build_norm
 from runtime.model.parametrization import forward_scales, is_trained, role
 from runtime.model.rotary import rotary_table
@@ -32,7 +33,7 @@ class Decoder(nn.Module):
         self.config = config
         self.depth_plan = config.depth_plan
         self.scales = forward_scales(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = Stack(Block(config) for _ in range(config.num_blocks))
         self.depths = nn.ModuleList(Depth(config) for _ in range(config.num_layers if has_own_parts(config) else 0))
         injects = config.tying.injection == "linear"
@@ -71,9 +72,7 @@ class Decoder(nn.Module):
             x = x.repeat(config.streams.count, 1, 1)
             mask = mask.repeat(config.streams.count, 1, 1, 1) if document_ids is not None else mask
         route = self.route(loops, wants_exits=targets is not None and torch.is_grad_enabled())
-        # A cache and a probe change as they are used: compiled blocks would be compiled again for each state.
-        observed = cache is not None or probe is not None
-        with torch.compiler.set_stance("force_eager") if observed else nullcontext():
+        with eager() if cache is not None or probe is not None else nullcontext():
             uses = self.uses(len(route.plan), tokens.device)
             # Where parameters without gradients enter a unit of FSDP, it gives them zeros, and the optimizer a step.
             uses = [use.detached() if route.is_untrained(depth) else use for depth, use in enumerate(uses)]
@@ -134,6 +133,12 @@ class Decoder(nn.Module):
         if passed.balances:
             loss = loss._replace(**balanced(passed.balances, len(self.blocks), config.streams.count))
         return loss
+
+
+def eager() -> AbstractContextManager:
+    """Blocks run as they are written, even compiled ones: a cache and a probe change as they are used, and blocks would
+    be compiled again for each state. Where torch's compiler has not been loaded, which takes a second, none is."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def balanced(balances: list[tuple[int, Balance]], blocks: int, streams: int) -> dict[str, Tensor]:

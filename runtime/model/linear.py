@@ -92,7 +92,19 @@ def narrowed(x: Tensor, delta: Delta, first: int = 0) -> Tensor:
     return x.unflatten(-1, (-1, rank)).sum(-2)
 
 
-class Linear(nn.Linear):
+class _Unfilled:
+    """A layer that draws no first values on the meta device, where torch would load its compiler for them."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(_Unfilled, nn.Embedding):
+    """A table of vectors."""
+
+
+class Linear(_Unfilled, nn.Linear):
     """A linear layer without a bias."""
 
     def __init__(self, in_features: int, out_features: int):

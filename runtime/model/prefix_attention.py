@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 _CHUNK = 128
 """Queries that go together: enough to fill the tiles of the CPU's kernel."""
@@ -44,6 +43,8 @@ def attend(
         return _InParts.apply(query, key, value, mask, bias, prefix[0].shape[2], scale)
     if mask is None and bias is None:
         key, value = (torch.cat(pair, 2) for pair in zip(prefix, (key, value), strict=True))
+        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler, a second of every start
+
         lower_right = causal_lower_right(query.shape[2], key.shape[2])
         return F.scaled_dot_product_attention(query, key, value, lower_right, scale=scale, enable_gqa=grouped)
     return with_mask(query, key, value, mask, prefix, bias, scale)
