@@ -25,11 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
 from runtime.observe.devices import peak
+from runtime.parallel.float8 import apply_float8
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,11 @@ def optimize(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Step
     return step
 
 
-def ours(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
+def ours(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool, float8: str | None = None) -> Step:
     decoder = Decoder(shape.config()).to(device, dtype)
     initialize(decoder, 0)
+    if float8:
+        apply_float8(decoder.blocks, float8, emulate=device.type == "cpu")
     for block in decoder.blocks:
         if shape.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -176,11 +182,16 @@ def plain(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool
 CONTENDERS: dict[str, Callable[[Shape, torch.device, torch.dtype], Step]] = {
     "ours": partial(ours, compiled=False),
     "ours-compiled": partial(ours, compiled=True),
+    "ours-float8": partial(ours, compiled=True, float8="tensorwise"),
+    "ours-float8-rowwise": partial(ours, compiled=True, float8="rowwise"),
     "hf": partial(hugging_face, compiled=False),
     "hf-compiled": partial(hugging_face, compiled=True),
     "plain": partial(plain, compiled=False),
     "plain-compiled": partial(plain, compiled=True),
 }
+
+DEFAULT = [name for name in CONTENDERS if "float8" not in name]
+"""Without those that need torchao and are emulated on a CPU."""
 
 PAIRS = [
     ("ours", "hf"),
@@ -189,6 +200,8 @@ PAIRS = [
     ("ours-compiled", "plain-compiled"),
     ("ours", "hf-compiled"),
     ("ours-compiled", "ours"),
+    ("ours-float8", "ours-compiled"),
+    ("ours-float8-rowwise", "ours-compiled"),
 ]
 """Ratios to report: how many times as fast the first is as the second."""
 
@@ -310,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="sequences of a step, instead of the shape's")
     parser.add_argument("--pairs", type=int, default=15, help="rounds, each with one step of every contender")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
     options = parser.parse_args(argv)
     if options.pairs < 1:

@@ -105,6 +105,7 @@ def _open(origin: Origin, source: StoredSource) -> Opened:
         "data_replicate": 1,
         "precision": "fp32",
         "compile": False,
+        "float8": "none",
     }
     config = Config.model_validate(stored | {"parallel": parallel, "model": model_config(stored["model"], where)})
     state = TrainState.from_json(description["train"])

@@ -88,6 +88,8 @@ class ParallelConfig(Section):
     compile: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; "auto" is bf16 on a GPU and fp32 on a CPU. Parameters, reduction and optimizer are fp32."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Products of the blocks in float8, by torchao's recipe of this name; on a CPU they are emulated, which is slow."""
     reshard_after_forward: bool = True
     looped_blocks: Literal["together", "apart"] = "together"
     """Blocks that a depth plan uses several times: gathered together, once for all their uses, or each for each use,

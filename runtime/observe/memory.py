@@ -83,7 +83,7 @@ def _build_decoder(config: Config, mesh: Mesh, device_type: str) -> nn.Module:
     if device_type != "cpu":
         decoder.cross_entropy.chunk_elements = _GPU_CHUNK
     precision = _precision(config.parallel.precision, device_type)
-    plan = config.parallel.model_copy(update={"compile": False, "precision": precision})
+    plan = config.parallel.model_copy(update={"compile": False, "precision": precision, "float8": "none"})
     if config.parallel.compile and plan.recompute == "none":
         # The compiler keeps what matrix products and attention return and computes the rest again in the
         # backward (min-cut rematerialisation), which is what "selective" does.

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from runtime.config import ParallelConfig
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import fill
+from runtime.parallel.float8 import apply_float8
 from runtime.parallel.fsdp import apply_fsdp
 from runtime.parallel.mesh import Mesh
 from runtime.parallel.recompute import recompute
@@ -25,6 +26,8 @@ def parallelize(decoder: Decoder, mesh: Mesh, parallel: ParallelConfig) -> Decod
     """
     if mesh.layout.tensor > 1:
         apply_tensor_parallel(decoder, mesh.device_mesh["tensor"])
+    if parallel.float8 != "none":
+        apply_float8(decoder.blocks, parallel.float8, emulate=mesh.device.type == "cpu")
     # Compiled around the recomputation, a block leaves out what its backward does not need. Of whole blocks with
     # collectives in them, torch 2.13's compiler fails to save the device mesh: those it compiles inside.
     inside = parallel.recompute == "full" and mesh.layout.tensor > 1

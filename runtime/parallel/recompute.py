@@ -16,6 +16,7 @@ _EXPENSIVE = {
     _aten.mm.default,
     _aten.bmm.default,
     _aten.addmm.default,
+    _aten._scaled_mm.default,
     torch.ops.meristem.product.default,
     torch.ops.meristem.grouped_product.default,
     _aten._scaled_dot_product_cudnn_attention.default,
