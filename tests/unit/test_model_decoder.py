@@ -1,6 +1,7 @@
 """The decoder as a whole: what attends to what, caches, probes, precisions, and equality with Hugging Face's."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from runtime.model.config import ModelConfig
 from runtime.model.cross_entropy import IGNORE
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
+from runtime.parallel.parallelize import compile_block
+from runtime.parallel.recompute import recompute
 
 BASE = {"num_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "vocab_size": 59, "init_std": 0.2}
 OPTIONS = {
@@ -167,6 +170,50 @@ def test_blocks_compile_to_one_graph_for_all_depths():
     decoder(tokens, probe=Recorder())
     decoder(tokens, cache=KeyValueCache(3))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def looped(**options):
+    return {"num_layers": 4, "tying": {"plan": "cycle", "loops": 2, **options}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize(
+    ("options", "loops"),
+    [
+        (looped(), [None]),
+        (looped(own_norms=True), [None]),
+        (looped(own_scales=True), [None]),
+        (looped(relaxation="lora", rank=3), [None]),
+        (looped(relaxation="miss", rank=3), [None]),
+        (looped(injection="add"), [None]),
+        (looped(exit_weight=0.3), [None]),
+        (looped(sampling="poisson"), [None, 1, 3]),
+        ({"num_layers": 6, "tying": {"plan": "middle_cycle", "ends": 2, "loops": 2}}, [None]),
+        ({"norm_scaling": "depth", "init": "normal"}, [None]),
+        ({"streams": {"count": 2, "prefix_tokens": 3}}, [None]),
+        (looped() | {"streams": {"count": 2, "prefix_tokens": 3, "prefix": "depth"}}, [None]),
+        ({"streams": {"count": 2, "prefix_tokens": 3, "quiet": True}}, [None]),
+        ({"experts": {"count": 4}}, [None]),
+        ({"templates": 2}, [None]),
+    ],
+    ids=str,
+)
+def test_every_option_compiles_to_one_graph(options, loops, mode, monkeypatch):
+    """As the trainer compiles blocks: whatever the depth and the number of loops."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    decoder, plain, tokens = build(torch.float32, **options), build(torch.float32, **options), draw(2, 20)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in decoder.blocks:
+        recompute(block, mode)
+        compile_block(block)
+    for each in loops * 2:
+        for model in (decoder, plain):
+            model(tokens, tokens, loops=each).total.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for ours, reference in zip(decoder.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
