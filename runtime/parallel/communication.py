@@ -61,6 +61,7 @@ class Parameter:
     """What sharding asks of a parameter."""
 
     name: str
+    """A block's within the block."""
     shape: tuple[int, ...]
     trained: bool
 
@@ -70,7 +71,10 @@ class Network:
     """A decoder by its shapes. Where loops are sampled, `depth_plan` may be another than the configuration's."""
 
     config: ModelConfig
-    parameters: tuple[Parameter, ...]
+    blocks: tuple[tuple[Parameter, ...], ...]
+    """Of each unique block."""
+    root: tuple[Parameter, ...]
+    """All others."""
     depth_plan: tuple[int, ...]
     untrained: frozenset[int] = frozenset()
     """Depths that no gradients flow through."""
@@ -79,19 +83,25 @@ class Network:
 
     @classmethod
     def of(cls, config: ModelConfig, loops: int | None = None) -> "Network":
+        """The network of a configuration, for a step of `loops` loops where they are not the configured number."""
         with torch.device("meta"):
             decoder = Decoder(config)
-        found = ((name, tuple(each.shape), each.requires_grad) for name, each in decoder.named_parameters())
-        plan, loop = config.depth_plan, loop_of(config.num_layers, config.tying)
-        if loops is not None and loops != config.tying.loops:
-            plan, loop = at_loops(config.num_layers, config.tying, loops)
-        first = 0
-        if loop is not None and config.tying.backprop_loops is not None:
-            first = max(0, loop.count - config.tying.backprop_loops)
-        start = loop.start if loop is not None else 0
-        untrained = frozenset(range(start, start + first * loop.size)) if loop is not None else frozenset()
-        exits = loop.count - 1 if loop is not None and config.tying.exit_weight > 0 else 0
-        return cls(config, tuple(Parameter(*each) for each in found), plan, untrained, exits)
+        blocks: list[list[Parameter]] = [[] for _ in decoder.blocks]
+        root: list[Parameter] = []
+        for name, each in decoder.named_parameters():
+            if role(name) is not Role.ROUTER_BIAS:  # a plain tensor, equal everywhere
+                first, *inner = name.split(".")
+                owner, own = (blocks[int(inner[0])], ".".join(inner[1:])) if first == "blocks" else (root, name)
+                owner.append(Parameter(own, tuple(each.shape), each.requires_grad))
+        parts = tuple(map(tuple, blocks)), tuple(root)
+        plan, loop, tying = config.depth_plan, loop_of(config.num_layers, config.tying), config.tying
+        if loop is None:
+            return cls(config, *parts, plan)
+        if loops is not None and loops != tying.loops:
+            plan, loop = at_loops(config.num_layers, tying, loops)
+        untrained = max(0, loop.count - tying.backprop_loops) if tying.backprop_loops is not None else 0
+        frozen = frozenset(range(loop.start, loop.start + untrained * loop.size))
+        return cls(config, *parts, plan, frozen, loop.count - 1 if tying.exit_weight > 0 else 0)
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,8 @@ class Unit:
     parameters: tuple[Parameter, ...]
     gathers: int
     """Of one micro-batch."""
+    copies: int = 1
+    """Units that are alike."""
 
 
 def collectives(
@@ -134,8 +146,9 @@ def collectives(
     `noise_scale.enabled`. chunk_elements: as of `LinearCrossEntropy`.
     """
     compute = compute_dtype(parallel.precision, torch.device(device_type)).itemsize
+    shared = network.config, layout, batch.micro_batches, compute
     found = [
-        *_shards(network, parallel, layout, batch.micro_batches, compute),
+        *(each for unit in units(network, parallel) for each in unit_collectives(unit, *shared)),
         *_tensors(network, parallel, layout, batch, compute),
         *_losses(network, layout, batch, LinearCrossEntropy(chunk_elements), torch.device(device_type)),
         *_numbers(network.config, layout, batch.micro_batches, measures_noise),
@@ -193,45 +206,38 @@ def padded(parameters: Iterable[Parameter], config: ModelConfig, layout: Layout)
 
 def units(network: Network, parallel: ParallelConfig) -> list[Unit]:
     """FSDP's units as `runtime.parallel.fsdp` makes them, the root's last."""
-    uses, trained_uses = Counter(network.config.depth_plan), Counter()
-    now = Counter(network.depth_plan)
-    for depth, block in enumerate(network.depth_plan):
-        trained_uses[block] += depth not in network.untrained
-    owned: dict[int, list[Parameter]] = {index: [] for index in uses}
-    root = []
-    for each in network.parameters:
-        if role(each.name) is Role.ROUTER_BIAS:
-            continue  # a plain tensor
-        parts = each.name.split(".")
-        (owned[int(parts[1])] if parts[0] == "blocks" else root).append(each)
-    found, together = [], []
-    for index, parameters in owned.items():
+    uses, now = Counter(network.config.depth_plan), Counter(network.depth_plan)
+    trained = Counter(block for depth, block in enumerate(network.depth_plan) if depth not in network.untrained)
+    reshards = parallel.reshard_after_forward
+    apart: Counter[Unit] = Counter()
+    together: list[Parameter] = []
+    for index, parameters in enumerate(network.blocks):
         if uses[index] == 1 or parallel.looped_blocks == "apart":
             # Freed after each use; or kept to the first backward, which frees it all the same.
-            kept = 1 + max(0, trained_uses[index] - 1)
-            gathers = now[index] + trained_uses[index] if parallel.reshard_after_forward else kept
-            found.append(Unit(tuple(parameters), gathers))
+            kept = 1 + max(0, trained[index] - 1)
+            apart[Unit(parameters, now[index] + trained[index] if reshards else kept)] += 1
         else:
             together += parameters
+    found = [replace(unit, copies=copies) for unit, copies in apart.items()]
     if together:
-        found.append(Unit(tuple(together), 2 if parallel.reshard_after_forward else 1))
-    return [*found, Unit(tuple(root), 1)]
+        found.append(Unit(tuple(together), 2 if reshards else 1))
+    return [*found, Unit(network.root, 1)]
 
 
-def _shards(
-    network: Network, parallel: ParallelConfig, layout: Layout, micro_batches: int, compute_bytes: int
-) -> Iterable[Collective]:
-    """What FSDP moves: parameters as often as they are gathered, gradients each micro-batch, and between replicas the
-    gradients' shards once a step."""
+def unit_collectives(
+    unit: Unit, config: ModelConfig, layout: Layout, micro_batches: int, compute_bytes: int
+) -> tuple[Collective, Collective, Collective]:
+    """What FSDP moves of a unit and those like it: parameters as often as they are gathered, gradients each
+    micro-batch, and between replicas the gradients' shards once a step. A group of one rank has no axes here."""
     shard, replicate = axes_of(layout, "data_shard"), axes_of(layout, "data_replicate")
-    for unit in units(network, parallel):
-        gathered = padded(unit.parameters, network.config, layout)
-        reduced = 4 * padded((each for each in unit.parameters if each.trained), network.config, layout)
-        yield Collective(
-            Kind.ALL_GATHER, shard, gathered * compute_bytes, unit.gathers * micro_batches, Purpose.PARAMETERS
-        )
-        yield Collective(Kind.REDUCE_SCATTER, shard, reduced, micro_batches, Purpose.GRADIENTS)
-        yield Collective(Kind.ALL_REDUCE, replicate, reduced // layout.data_shard, 1, Purpose.GRADIENTS)
+    gathered = compute_bytes * padded(unit.parameters, config, layout)
+    reduced = 4 * padded((each for each in unit.parameters if each.trained), config, layout)
+    gathers, scatters = unit.gathers * unit.copies * micro_batches, unit.copies * micro_batches
+    return (
+        Collective(Kind.ALL_GATHER, shard, gathered, gathers, Purpose.PARAMETERS),
+        Collective(Kind.REDUCE_SCATTER, shard, reduced, scatters, Purpose.GRADIENTS),
+        Collective(Kind.ALL_REDUCE, replicate, reduced // layout.data_shard, unit.copies, Purpose.GRADIENTS),
+    )
 
 
 def _tensors(
@@ -260,10 +266,11 @@ def _tensors(
     at_ends = Collective(Kind.ALL_GATHER, axes, stream, micro * (heads + (splits and not frozen)), Purpose.ACTIVATIONS)
     yield at_ends
     yield replace(at_ends, kind=Kind.REDUCE_SCATTER, count=micro * (heads + splits))
-    for each in network.parameters:
-        if each.trained and split_dim(each.name, config, layout.tensor) is None:
-            payload = math.prod(each.shape) * compute_bytes
-            yield Collective(Kind.ALL_REDUCE, axes, payload, micro, Purpose.WHOLE_WEIGHTS)
+    for parameters, copies in (Counter(network.blocks) + Counter([network.root])).items():
+        for each in parameters:
+            if each.trained and split_dim(each.name, config, layout.tensor) is None:
+                payload = math.prod(each.shape) * compute_bytes
+                yield Collective(Kind.ALL_REDUCE, axes, payload, micro * copies, Purpose.WHOLE_WEIGHTS)
 
 
 def _losses(
