@@ -167,40 +167,32 @@ def _memory(config: Config, memory: MemoryEstimate, layout: Layout) -> Table:
 def _speed(config: Config, memory: MemoryEstimate, layout: Layout, node: Node | None) -> Table:
     """The configured mesh's predicted step, and the keys of a faster mesh, if one is predicted."""
     if node is None:
-        return _pairs(("unknown", "", f"no device is known: name one with --device {', '.join(sorted(NODES))}"))
+        *names, last = sorted(NODES)
+        return _pairs(("no device is known", "", f"--device {', '.join(names)} or {last} names one"))
     if compute_dtype(config.parallel.precision, torch.device("cuda")) != torch.bfloat16:
         return _pairs(("unknown", "", f'parallel.precision = "{config.parallel.precision}" has no known peak'))
     network, present = Network.of(config.model), configured(config, layout)
     found = propose(config, network, present, memory.total, node)
     fits = memory.total <= USABLE * node.memory
-    held = f"{memory.total / 1e9:.1f} of {node.memory / 1e9:.0f} GB" + ("" if fits else ": too much")
+    links = f"{node.link / 1e9:.0f} GB/s inside, {node.network / 1e9:.0f} a device outside"
     rows = [
-        (
-            "machine",
-            node.name,
-            f"{node.devices} devices, {node.link / 1e9:.0f} GB/s inside, {node.network / 1e9:.0f} a device outside",
-        ),
-        *_times(predict(config, network, present, node), held),
+        ("machine", node.name, f"{node.devices} devices, {links}"),
+        *_times(predict(config, network, present, node), memory.total, node),
     ]
-    if found is not None:
-        held = f"{found.memory / 1e9:.1f} of {node.memory / 1e9:.0f} GB"
-        rows += [
-            ("", "", ""),
-            ("a faster mesh" if fits else "a mesh that fits", "", " ".join(found.candidate.keys(present))),
-        ]
-        rows += _times(found.time, held)
-    elif fits:
-        rows.append(("a faster mesh", "none", "among powers of two, recomputations and micro-batches"))
-    else:
-        rows.append(("a mesh that fits", "none", "with one sequence at a time and full recomputation"))
-    return _pairs(*rows)
+    wanted = "a faster mesh" if fits else "a mesh that fits"
+    if found is None:
+        return _pairs(*rows, (wanted, "none", "of powers of two, with any recomputation and micro-batch"))
+    first, *others = found.candidate.keys(present)
+    rows += [("", "", ""), (wanted, "", first), *(("", "", key) for key in others)]
+    return _pairs(*rows, *_times(found.time, found.memory, node))
 
 
-def _times(time: StepTime, held: str) -> list[tuple[str, str, str]]:
+def _times(time: StepTime, memory: int, node: Node) -> list[tuple[str, str, str]]:
+    used, there = f"{memory / 1e9:.1f} GB", f"of {node.memory / 1e9:.0f}"
     return [
         ("seconds per step", f"{time.seconds:.3g}", f"{time.share:.1%} of them waiting for communication"),
         ("tokens per second", f"{time.tokens_per_second:,.0f}", f"of all devices; MFU {time.mfu:.1%}"),
-        ("memory", "", held),
+        ("memory", used, there if memory <= USABLE * node.memory else f"{there}: too much"),
     ]
 
 
