@@ -8,7 +8,7 @@ from runtime.config import Config, ParallelConfig
 from runtime.observe.devices import Node
 from runtime.observe.memory import estimate, micro_batches
 from runtime.observe.memory_formula import memory
-from runtime.observe.step_time import StepTime, step_time
+from runtime.observe.step_time import SHARES, Shares, StepTime, step_time
 from runtime.parallel.communication import Batch, Network
 from runtime.parallel.mesh import Layout, plan_layout
 
@@ -61,10 +61,17 @@ def configured(config: Config, layout: Layout) -> Candidate:
     return Candidate(config.parallel, layout, Batch(number, sequences, config.data.seq_len))
 
 
-def predict(config: Config, network: Network, candidate: Candidate, node: Node) -> StepTime:
+def predict(config: Config, network: Network, candidate: Candidate, node: Node, shares: Shares = SHARES) -> StepTime:
     """The predicted step of the run's largest batch."""
     noise = config.noise_scale.enabled
-    return step_time(network, candidate.parallel, candidate.layout, candidate.batch, node, measures_noise=noise)
+    options = {"measures_noise": noise, "shares": shares}
+    return step_time(network, candidate.parallel, candidate.layout, candidate.batch, node, **options)
+
+
+def needed(config: Config, network: Network, candidate: Candidate) -> float:
+    """Bytes of a device at its fullest, by the formula."""
+    state = 4 * (3 + (config.optim.ema_half_life is not None))  # the weights, two moments, their average
+    return memory(network, candidate.parallel, candidate.layout, candidate.batch, state_bytes=state)
 
 
 def propose(config: Config, network: Network, present: Candidate, traced: int, node: Node) -> Proposal | None:
@@ -76,48 +83,49 @@ def propose(config: Config, network: Network, present: Candidate, traced: int, n
     """
     if config.model.tying.sampling != "fixed":
         return None
-    state = state_bytes(config)
     room = USABLE * node.memory
-    scale = traced / memory(network, present.parallel, present.layout, present.batch, state_bytes=state)
-    found = []
-    for each in candidates(config, present):
-        if scale * memory(network, each.parallel, each.layout, each.batch, state_bytes=state) <= room:
-            found.append((predict(config, network, each, node), each))
+    scale = traced / needed(config, network, present)
+    found = [
+        (predict(config, network, each, node), each)
+        for parallel, layout in layouts(config, present.layout.world_size)
+        for each in ways(config, parallel, layout)
+        if scale * needed(config, network, each) <= room
+    ]
     now = predict(config, network, present, node)
     least = WORTH * now.tokens_per_second if traced <= room else 0.0
     better = [each for each in found if each[0].tokens_per_second >= least and each[1] != present]
     better.sort(key=lambda each: (-each[0].tokens_per_second, len(each[1].keys(present))))
     for time, each in better[:_MOST_TRACES]:
-        needed = estimate(_with(config, each), each.layout, device_type="cuda").total
-        if needed <= room:
-            return Proposal(each, time, needed)
+        held = estimate(_with(config, each), each.layout, device_type="cuda").total
+        if held <= room:
+            return Proposal(each, time, held)
     return None
 
 
-def candidates(config: Config, present: Candidate) -> Iterator[Candidate]:
-    """Degrees in powers of two, all recomputations, and micro-batches that divide a rank's share."""
-    world, most = present.layout.world_size, config.largest_batch
-    sizes, seq_len = (config.batches.sizes, config.data.seq_len)
-    for tensor in _powers(min(MOST_TENSOR, world)):
-        for replicas in _powers(world // tensor):
+def layouts(config: Config, world_size: int) -> Iterator[tuple[ParallelConfig, Layout]]:
+    """Those of a number of processes with degrees in powers of two."""
+    for tensor in _powers(min(MOST_TENSOR, world_size)):
+        for replicas in _powers(world_size // tensor):
             degrees = {"tensor": tensor, "data_replicate": replicas, "data_shard": "auto"}
+            parallel = config.parallel.model_copy(update=degrees)
             try:
-                parallel = config.parallel.model_copy(update=degrees)
-                layout = plan_layout(parallel, world, config.model, seq_len, *sizes)
+                yield (
+                    parallel,
+                    plan_layout(parallel, world_size, config.model, config.data.seq_len, *config.batches.sizes),
+                )
             except ValueError:
                 continue
-            share = most // layout.data
-            for sequences in (each for each in range(1, min(share, MOST_AT_ONCE) + 1) if share % each == 0):
-                batch = Batch(share // sequences, sequences, seq_len)
-                for recompute in RECOMPUTE:
-                    for reshard in (True, False):
-                        ways = {"recompute": recompute, "reshard_after_forward": reshard}
-                        yield Candidate(parallel.model_copy(update=ways), layout, batch)
 
 
-def state_bytes(config: Config) -> int:
-    """Of a parameter beside its gradient: itself, two moments, and its average."""
-    return 4 * (3 + (config.optim.ema_half_life is not None))
+def ways(config: Config, parallel: ParallelConfig, layout: Layout) -> Iterator[Candidate]:
+    """All recomputations of a layout, and micro-batches that divide a rank's share of the largest batch."""
+    share = config.largest_batch // layout.data
+    for sequences in (each for each in range(1, min(share, MOST_AT_ONCE) + 1) if share % each == 0):
+        batch = Batch(share // sequences, sequences, config.data.seq_len)
+        for recompute in RECOMPUTE:
+            for reshard in (True, False):
+                chosen = {"recompute": recompute, "reshard_after_forward": reshard}
+                yield Candidate(parallel.model_copy(update=chosen), layout, batch)
 
 
 def _powers(most: int) -> Iterator[int]:

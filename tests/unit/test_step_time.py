@@ -1,7 +1,11 @@
 """The step-time model: its limits, its arithmetic, the memory formula beside it, and the meshes it proposes."""
 
+import json
+
 import pytest
 
+from benchmarks import cluster_model
+from benchmarks.cluster_model import MESHES
 from runtime.config import Config, ParallelConfig
 from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
@@ -204,3 +208,17 @@ def test_loops_of_no_fixed_number_get_no_proposal():
     config = config_of(4, 1, {"tying": tying}, tensor=2)
     present = configured(config, layout_of(config, 2))
     assert propose(config, Network.of(config.model), present, 10**9, H100) is None
+
+
+def test_the_table_of_large_models(tmp_path, capsys):
+    """A model that does not fit has a line without numbers; the file has the rows of the table."""
+    options = ["--models", "1B", "70B", "--devices", "8", "--sequences", "64", "--json", str(tmp_path / "rows.json")]
+    assert cluster_model.main(options) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["model"], row["mesh"]) for row in rows] == [(m, mesh) for m in ("1B", "70B") for mesh in MESHES]
+    assert printed.count("does not fit") == 3 and all(row["seconds"] is None for row in rows[3:])
+    sharded, _, split = rows[:3]
+    assert sharded["waiting"] < split["waiting"] and sharded["tokens_per_second"] > split["tokens_per_second"]
+    assert f"{sharded['tokens_per_second']:,.0f}" in printed
+    assert cluster_model.main(["--device", "h1000"]) == 2
