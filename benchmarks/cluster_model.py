@@ -175,7 +175,8 @@ def plot(found: list[Row], path: Path) -> None:
         for mesh in MESHES:
             line = [row for row in found if (row.model, row.mesh) == (model, mesh) and row.seconds is not None]
             axis.plot([row.devices for row in line], [row.tokens_per_second for row in line], marker="o", label=mesh)
-        axis.set(title=model, xscale="log", xlabel="devices", ylabel="predicted tokens/s a device", ylim=0)
+        axis.set(title=model, xscale="log", xlabel="devices", ylabel="predicted tokens/s a device")
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -1,7 +1,7 @@
 """A faster mesh for a run, if the model of step times knows of one that fits the memory."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from runtime.config import Config, ParallelConfig
@@ -22,6 +22,8 @@ USABLE = 0.92
 """Of a device's memory: the rest is for kernels' workspaces, the collectives' buffers and what the allocator rounds."""
 WORTH = 1.02
 """A mesh is named from this ratio of predicted speeds on; the model does not tell closer ones apart."""
+ALIKE = 0.99
+"""Of the best's speed: what is within it is taken to be as good."""
 _MOST_TRACES = 2
 
 
@@ -94,12 +96,23 @@ def propose(config: Config, network: Network, present: Candidate, traced: int, n
     now = predict(config, network, present, node)
     least = WORTH * now.tokens_per_second if traced <= room else 0.0
     better = [each for each in found if each[0].tokens_per_second >= least and each[1] != present]
-    better.sort(key=lambda each: (-each[0].tokens_per_second, len(each[1].keys(present))))
-    for time, each in better[:_MOST_TRACES]:
-        held = estimate(_with(config, each), each.layout, device_type="cuda").total
+    for _ in range(_MOST_TRACES):
+        if not better:
+            return None
+        time, chosen = _simplest(better, present)
+        held = estimate(_with(config, chosen), chosen.layout, device_type="cuda").total
         if held <= room:
-            return Proposal(each, time, held)
+            return Proposal(chosen, time, held)
+        scale = held / needed(config, network, chosen)
+        better = [each for each in better if scale * needed(config, network, each[1]) <= room]
     return None
+
+
+def _simplest(found: Sequence[tuple[StepTime, Candidate]], present: Candidate) -> tuple[StepTime, Candidate]:
+    """Of those that are as good as the fastest, the one that changes the fewest keys."""
+    best = max(time.tokens_per_second for time, _ in found)
+    good = [each for each in found if each[0].tokens_per_second >= ALIKE * best]
+    return min(good, key=lambda each: (len(each[1].keys(present)), -each[0].tokens_per_second))
 
 
 def layouts(config: Config, world_size: int) -> Iterator[tuple[ParallelConfig, Layout]]:
