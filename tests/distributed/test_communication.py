@@ -135,7 +135,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_a_model_is_foretold(option):
     """On a group that moves nothing and issues the same."""
-    case = Case(OPTIONS[option], {"tensor": 2, "recompute": "full"}, micro_batches=2)
+    case = Case(OPTIONS[option], {"tensor": 2, "recompute": "full"})
     with fake_world(4):
         found = counted(case, 4)
     assert found == foretold(case, 4)
