@@ -11,6 +11,7 @@ from growth.evolution import shape
 from launch.growth_config import RunConfiguration, policies, segments
 from runtime.config import Config
 from runtime.model.counts import flops_per_token
+from runtime.observe.devices import Node
 from runtime.observe.dry_run import report, supposed_device
 from runtime.observe.memory import estimate
 from runtime.parallel.mesh import plan_layout
@@ -24,16 +25,16 @@ _COUNTS = {
 }
 
 
-def dry_run(config: RunConfiguration, world_size: int, plan: Timetable | None = None) -> str:
+def dry_run(config: RunConfiguration, world_size: int, plan: Timetable | None = None, node: Node | None = None) -> str:
     """The dry run of each segment on `world_size` processes, as text: the first in full, the others by what their
-    growth changes. plan: by default the configured one. ValueError for a layout that cannot be built."""
+    growth changes. plan, node: as of `report`. ValueError for a layout that cannot be built."""
     configs = segments(config)
     if not config.growth:
-        return report(configs[0], world_size, plan=plan)
+        return report(configs[0], world_size, plan=plan, node=node)
     end = config.end
     ends = [entry.at if end is None else min(entry.at, end) for entry in config.growth] + [end]
     first = configs[0].model_copy(update={"run": config.run.model_copy(update={"until": max(1, ends[0])})})
-    parts = [report(first, world_size, plan=plan)]
+    parts = [report(first, world_size, plan=plan, node=node)]
     for number, entry in enumerate(config.growth):
         before, after = configs[number], configs[number + 1]
         record = {

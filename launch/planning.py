@@ -16,6 +16,7 @@ from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.observe.dry_run import supposed_device
 from runtime.observe.memory import estimate
+from runtime.observe.proposal import MOST_AT_ONCE, MOST_TENSOR, RECOMPUTE
 from runtime.parallel.mesh import plan_layout
 from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, reach, value_at
 from scaling.results import Decision, Estimate, Fit, Plateau, Verdict
@@ -23,11 +24,6 @@ from scaling.results import Decision, Estimate, Fit, Plateau, Verdict
 QUANTITIES = ("loss", "batch_tokens", "lr")
 SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
 SIZES = ("total", "non_embedding", "active")
-MOST_TENSOR = 8
-"""Tensor-parallel degree that is tried: the devices of a usual machine."""
-RECOMPUTE = ("none", "selective", "full")
-MOST_AT_ONCE = 64
-"""Sequences of a micro-batch that are tried, where the preset names none."""
 STATE_BYTES = 16
 """Of a parameter in fp32: itself, its gradient and two moments, the least that a mesh has to hold."""
 

@@ -20,6 +20,7 @@ from runtime.resilience.exits import BAD_INPUT, DIVERGED, FINISHED, INTERRUPTED,
 
 if TYPE_CHECKING:
     from launch.growth_config import RunConfiguration
+    from runtime.observe.devices import Node
     from runtime.timetable import Timetable
 
 
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="pretrain",
-        usage="pretrain CONFIG [section.key=value ...] [--dry-run [--world-size N]]\n"
+        usage="pretrain CONFIG [section.key=value ...] [--dry-run [--world-size N] [--device NAME]]\n"
         "       pretrain --branch CHECKPOINT --decay K [--tail SHAPE] [--final F] [--name NAME] [section.key=value]",
         description="Train a model. The same command on an existing run resumes it.",
         epilog="Exit codes: 0 finished, 2 bad input, 74 not saved, 75 interrupted and saved, 76 hung, 77 diverged, "
@@ -42,10 +43,15 @@ def parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="e.g. optim.lr=1e-3 batch.sequences=64"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print sizes, memory and schedule; build nothing, write nothing"
+        "--dry-run", action="store_true", help="print sizes, memory, speed and schedule; build nothing, write nothing"
     )
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="number of processes a dry run supposes (default 1)"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="GPU of a dry run, such as h100: predict step time, look for a faster mesh (default: the one here)",
     )
     branch = parser.add_argument_group(
         "branches",
@@ -82,6 +88,8 @@ def launch(arguments: argparse.Namespace) -> int:
     try:
         if arguments.world_size is not None and not arguments.dry_run:
             raise ValueError("--world-size belongs to --dry-run; a real run takes its processes from torchrun")
+        if arguments.device is not None and not arguments.dry_run:
+            raise ValueError("--device belongs to --dry-run; a real run takes the devices that are here")
         if arguments.world_size is not None and arguments.world_size < 1:
             raise ValueError(f"--world-size {arguments.world_size} is not 1 or more")
         if arguments.branch is not None:
@@ -95,11 +103,28 @@ def launch(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             from launch.growth_report import dry_run
 
-            print(dry_run(config, arguments.world_size or 1, plan))
+            print(dry_run(config, arguments.world_size or 1, plan, machine(arguments.device)))
             return 0
     except ValueError as error:
         return _refuse(str(error))
     return train(config, resume_command(arguments, config))
+
+
+def machine(name: str | None) -> "Node | None":
+    """The machine of the named device, by default of the one here; None where neither is known. ValueError for a name
+    that is not."""
+    import torch
+
+    from runtime.observe.devices import NODES, node_of
+
+    if name is None:
+        return node_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    node = node_of(name)
+    if node is None:
+        raise ValueError(
+            f"--device {name} is not known, and its speed is not guessed; accepted: {', '.join(sorted(NODES))}"
+        )
+    return node
 
 
 def branch(arguments: argparse.Namespace) -> "tuple[RunConfiguration, Timetable]":

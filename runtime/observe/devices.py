@@ -1,4 +1,4 @@
-"""Peak arithmetic of known devices, each with the document it was read in."""
+"""Peak arithmetic of known devices, and the machines they come in, each with the document it was read in."""
 
 import re
 from dataclasses import dataclass
@@ -48,3 +48,67 @@ def peak(device_name: str, precision: str) -> Peak | None:
             flops = {"bf16": bf16, "tf32": tf32}.get(precision)
             return Peak(flops, source) if flops else None
     return None
+
+
+@dataclass(frozen=True)
+class Node:
+    """A vendor's machine of several devices: its own figures, which nothing here has measured."""
+
+    name: str
+    device: str
+    """As torch.cuda.get_device_name gives it."""
+    devices: int
+    memory: float
+    """Bytes of a device, in the vendor's decimal GB; torch sees a few per cent more."""
+    link: float
+    """Bytes/s between two devices of the machine, in one direction: half of what NVLink is sold as."""
+    network: float
+    """Bytes/s of a device to other machines, in one direction: its own port of the fabric."""
+    source: str
+
+
+NODES = {
+    "a100": Node(
+        "DGX A100 80GB",
+        "NVIDIA A100-SXM4-80GB",
+        devices=8,
+        memory=80e9,
+        link=300e9,
+        network=25e9,
+        source="NVIDIA A100 datasheet (80 GB, NVLink 600 GB/s); DGX A100 datasheet (8 ports of 200 Gb/s)",
+    ),
+    "h100": Node(
+        "DGX H100",
+        "NVIDIA H100 80GB HBM3",
+        devices=8,
+        memory=80e9,
+        link=450e9,
+        network=50e9,
+        source="NVIDIA H100 datasheet (80 GB, NVLink 900 GB/s); DGX H100 datasheet (8 ports of 400 Gb/s)",
+    ),
+    "h200": Node(
+        "DGX H200",
+        "NVIDIA H200",
+        devices=8,
+        memory=141e9,
+        link=450e9,
+        network=50e9,
+        source="NVIDIA H200 datasheet (141 GB, NVLink 900 GB/s); DGX H200 datasheet (8 ports of 400 Gb/s)",
+    ),
+    "b200": Node(
+        "DGX B200",
+        "NVIDIA B200",
+        devices=8,
+        memory=180e9,
+        link=900e9,
+        network=50e9,
+        source="NVIDIA DGX B200 datasheet (1,440 GB, NVLink 14.4 TB/s, 8 ports of 400 Gb/s)",
+    ),
+}
+"""By the name that `--device` takes."""
+
+
+def node_of(name: str) -> Node | None:
+    """The machine of a device, by its short name or by torch's; None for one that is not known."""
+    found = (node for short, node in NODES.items() if name.lower() == short or name == node.device)
+    return next(found, None)

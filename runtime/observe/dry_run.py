@@ -12,7 +12,11 @@ from rich.text import Text
 
 from runtime.config import Config
 from runtime.model.counts import count, flops_per_token
+from runtime.observe.devices import NODES, Node
 from runtime.observe.memory import MemoryEstimate, estimate, micro_batches
+from runtime.observe.proposal import USABLE, configured, predict, propose
+from runtime.observe.step_time import StepTime
+from runtime.parallel.communication import Network
 from runtime.parallel.mesh import Layout, plan_layout
 from runtime.parallel.parallelize import compute_dtype
 from runtime.timetable import Timetable, build_timetable
@@ -34,22 +38,31 @@ _STATE = {
 }
 
 
-def report(config: Config, world_size: int, *, device_type: str | None = None, plan: Timetable | None = None) -> str:
-    """Sizes, memory, layout and schedule of `config` on `world_size` processes, as text.
+def report(
+    config: Config,
+    world_size: int,
+    *,
+    device_type: str | None = None,
+    plan: Timetable | None = None,
+    node: Node | None = None,
+) -> str:
+    """Sizes, memory, layout, speed and schedule of `config` on `world_size` processes, as text.
 
     The decoder is built under its whole parallel plan on a fake process group, and one step is traced
     for its memory; no data is read and nothing is written. device_type: "cpu" or "cuda"; by default GPUs
     are supposed where there is one here, where bf16 is asked for, and for more processes than this
-    machine has cores. plan: by default the configured one. ValueError for a layout that cannot be built.
+    machine has cores. plan: by default the configured one. node: the machines of GPUs that the run is for, without
+    which there is no step time and no search for a faster mesh. ValueError for a layout that cannot be built.
     """
     layout = plan_layout(config.parallel, world_size, config.model, config.data.seq_len, *config.batches.sizes)
-    device_type = device_type or supposed_device(config, world_size)
+    device_type = "cuda" if node is not None else device_type or supposed_device(config, world_size)
     memory = estimate(config, layout, device_type=device_type)
     sections = [
         _section("Model", _model(config)),
         _section("Layout", _layout(config, layout, device_type)),
         _section("Run", _run(config)),
         _section("Memory of a device at its fullest", _memory(config, memory, layout)),
+        _section("Step time, predicted by a model", _speed(config, memory, layout, node)),
         _section("Schedule", _schedule(config, plan)),
     ]
     console = Console(file=io.StringIO(), width=100, color_system=None)
@@ -149,6 +162,38 @@ def _memory(config: Config, memory: MemoryEstimate, layout: Layout) -> Table:
     if config.parallel.compile:
         table.add_row("", "", "compiled blocks need a few per cent more or less")
     return table
+
+
+def _speed(config: Config, memory: MemoryEstimate, layout: Layout, node: Node | None) -> Table:
+    """The configured mesh's predicted step, and the keys of a faster mesh, if one is predicted."""
+    if node is None:
+        *names, last = sorted(NODES)
+        return _pairs(("no device is known", "", f"--device {', '.join(names)} or {last} names one"))
+    if compute_dtype(config.parallel.precision, torch.device("cuda")) != torch.bfloat16:
+        return _pairs(("unknown", "", f'parallel.precision = "{config.parallel.precision}" has no known peak'))
+    network, present = Network.of(config.model), configured(config, layout)
+    found = propose(config, network, present, memory.total, node)
+    fits = memory.total <= USABLE * node.memory
+    links = f"{node.link / 1e9:.0f} GB/s inside, {node.network / 1e9:.0f} a device outside"
+    rows = [
+        ("machine", node.name, f"{node.devices} devices, {links}"),
+        *_times(predict(config, network, present, node), memory.total, node),
+    ]
+    wanted = "a faster mesh" if fits else "a mesh that fits"
+    if found is None:
+        return _pairs(*rows, (wanted, "none", "of powers of two, with any recomputation and micro-batch"))
+    first, *others = found.candidate.keys(present)
+    rows += [("", "", ""), (wanted, "", first), *(("", "", key) for key in others)]
+    return _pairs(*rows, *_times(found.time, found.memory, node))
+
+
+def _times(time: StepTime, memory: int, node: Node) -> list[tuple[str, str, str]]:
+    used, there = f"{memory / 1e9:.1f} GB", f"of {node.memory / 1e9:.0f}"
+    return [
+        ("seconds per step", f"{time.seconds:.3g}", f"{time.share:.1%} of them waiting for communication"),
+        ("tokens per second", f"{time.tokens_per_second:,.0f}", f"of all devices; MFU {time.mfu:.1%}"),
+        ("memory", used, there if memory <= USABLE * node.memory else f"{there}: too much"),
+    ]
 
 
 def _schedule(config: Config, plan: Timetable | None) -> Table:

@@ -3,12 +3,16 @@
 import pytest
 import torch.distributed as dist
 
+from launch.pretrain import main
 from runtime.config import Config
 from runtime.model.counts import count, flops_per_token
+from runtime.observe.devices import NODES
 from runtime.observe.dry_run import report
 from runtime.observe.identity import SourceIdentity, git_revision, identity, with_segment
 from runtime.observe.memory import estimate
 from runtime.parallel.mesh import Layout, plan_layout
+from runtime.resilience.exits import BAD_INPUT
+from tests.presets import SMALL
 
 
 def config_of(**sections) -> Config:
@@ -81,6 +85,44 @@ def test_each_optimizer_has_its_own_state():
 def test_an_impossible_mesh_is_refused_before_anything_is_built():
     with pytest.raises(ValueError, match=r"parallel\.tensor"):
         report(config_of(parallel={"tensor": 3}), 3)
+
+
+WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_heads": 16, "num_kv_heads": 8, "vocab_size": 32000}
+
+
+def speed(node: str | None, **parallel: object) -> list[str]:
+    """The lines of the section on step time, without padding; a wide model on eight processes."""
+    config = config_of(
+        model=WIDE, data={"seq_len": 4096}, batch={"sequences": 16}, parallel={"precision": "bf16", **parallel}
+    )
+    text = report(config, 8, node=NODES[node] if node else None)
+    return [" ".join(line.split()) for line in text.split("Step time")[1].split("Schedule")[0].splitlines()[1:] if line]
+
+
+def test_a_dry_run_names_a_faster_mesh():
+    lines = speed("h100", tensor=8, recompute="full")
+    assert lines[0].startswith("machine DGX H100 8 devices")
+    (first,) = [place for place, line in enumerate(lines) if line.startswith("a faster mesh")]
+    keys = {line.split()[-1] for line in lines[first : first + 4]}
+    assert {"parallel.tensor=1", "parallel.recompute=none"} <= keys
+    before, after = [line for line in lines if line.startswith("tokens per second")]
+    assert int(after.split()[3].replace(",", "")) > int(before.split()[3].replace(",", ""))
+    assert "waiting for communication" in lines[1]
+
+
+def test_a_dry_run_says_that_no_device_is_known():
+    assert speed(None) == ["no device is known --device a100, b200, h100 or h200 names one"]
+    assert speed("h100", precision="fp32") == ['unknown parallel.precision = "fp32" has no known peak']
+
+
+@pytest.mark.parametrize(
+    "arguments, said", [(["--dry-run", "--device", "h1000"], "--device h1000"), (["--device", "h100"], "--dry-run")]
+)
+def test_a_device_that_is_not_known_is_refused(arguments, said, tmp_path, capsys):
+    preset = tmp_path / "small.toml"
+    preset.write_text(SMALL + '[schedule]\nhorizon = "1K"\n')
+    assert main([str(preset), *arguments]) == BAD_INPUT
+    assert said in capsys.readouterr().err
 
 
 def test_shards_shrink_with_the_world():
