@@ -16,9 +16,8 @@ WIDTHS = (1.0, 1.5, 2.0)
 """Of the preset's hidden size; layers, heads and the intermediate size grow with it, parameters by the cube."""
 LENGTHS = (0.25, 0.5, 1.0)
 """Of the preset's tokens."""
-HELD_OUT = 2.5, 1.75
-"""Width and length of the held-out cell: 3.1 times the compute of the largest rung on the cpu size, and beyond all of
-them in both."""
+HELD_OUT = 2.5, 2.0
+"""Width and length of the held-out cell: beyond all rungs in both, and 3.6 times the compute of the largest (cpu)."""
 LEAST_STEPS = 8
 """That a batch of a sweep leaves a run."""
 GROWING = ("num_layers", "hidden_size", "intermediate_size", "num_heads")
