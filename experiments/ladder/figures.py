@@ -1,11 +1,11 @@
 """The plots of the ladder: losses of the rungs over the learning rate, and the surface of the held-out cell."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.reporting import COLORS, Numbers, figure, rates_axis
 
@@ -26,9 +26,10 @@ def draw_rungs(numbers: Numbers) -> Figure | None:
         if axes.lines:
             rates_axis(axes, (float(lr) for cell in cells for lr, _, loss in cell["losses"] if loss is not None))
             axes.tick_params(axis="x", labelrotation=45, labelsize=8)
-            axes.legend(frameon=False, fontsize=8)
         axes.set_title(f"hidden {width}", fontsize=10, loc="left")
         axes.set_ylabel("final held-out loss")
+    handles = {line.get_label(): line for axes in panels for line in axes.lines if line.get_label()[0] != "_"}
+    made.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return made
 
 
@@ -76,11 +77,18 @@ def draw_held_out(numbers: Numbers) -> Figure | None:
         label = f"{each['label']}: {each['lr']:g}, {each['batch']}"
         at = [[np.log2(each["lr"])], [np.log2(each["batch"])]]
         axes.plot(*at, mark, color=color, markerfacecolor="none", markeredgewidth=1.6, markersize=10, label=label)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:.3g}"))
-        axis.set_minor_locator(NullLocator())
+    rates, batches = ([row[name] for row in numbers["contenders"]] for name in ("lr", "batch"))
+    axes.set_xticks(*_doublings(min(lr), [*lr, *rates]))
+    axes.set_yticks(*_doublings(min(batch), [*batch, *batches]))
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("batch, sequences")
     axes.set_title("loss above the lowest, %", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return made
+
+
+def _doublings(unit: float, values: Sequence[float]) -> tuple[list[float], list[str]]:
+    """Ticks at factors of two from `unit` that hold all values, in log2, and their labels."""
+    off = np.log2(np.array(values) / unit)
+    steps = range(math.floor(off.min()), math.ceil(off.max()) + 1)
+    return [math.log2(unit) + n for n in steps], [f"{unit * 2.0**n:g}" for n in steps]

@@ -86,9 +86,10 @@ def proposed(label: str, laws: Laws, cell: Cell, base: Point) -> Proposal:
 def _note(label: str, fits: dict[str, Fit]) -> str:
     """Which quantities a law tells, and from what data."""
     told = [name for name in ("lr", "batch_tokens") if name in fits]
-    note = "" if len(told) == 2 else "no law of the batch, which is that of " + ("the base" if label == OURS else OURS)
+    batch_of = "the largest rung" if label == OURS else OURS
+    note = "" if len(told) == 2 else f"no law of the batch, which is that of {batch_of}"
     if label not in PUBLISHED:
         return note
     spans = fits["lr"].spans
-    data = ", ".join(f"{name} from {spans[name][0]:.2g}" for name in ("N", "D", "C") if name in spans)
-    return "; ".join(each for each in (note, f"told from {data}" if data else "") if each)
+    data = ", ".join(f"{name} {spans[name][0]:.2g}" for name in ("N", "D", "C") if name in spans)
+    return "; ".join(each for each in (note, f"its data begin at {data}" if data else "") if each)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from experiments.store import Store
 from launch.growth_config import RunConfiguration
 from runtime.model.config import ModelConfig
 from runtime.model.counts import count
+from scaling.analysis import analyse
 from scaling.published import PUBLISHED
 from tests.run_folders import event, run_json, segment, write
 
@@ -145,6 +147,7 @@ def looped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ladder")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(REPORT, "FOLDER", folder)
+        patch.setattr(law, "analyse", partial(analyse, replicates=100))
         queue, stages = Queue(ladder, Store("ladder", "cpu", folder / "runs")), []
         while pending := queue.pending(*queue.known()):
             stages.append({arm.name.split("-")[0] for arm in pending})
