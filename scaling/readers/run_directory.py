@@ -26,7 +26,8 @@ ORIGINS = {
     "loss": "evaluations.jsonl at the end, else a smooth of metrics.jsonl", "loss_error": "AR(1) of the smooth",
     "loss_kind": "which of these", "tokens": "metrics.jsonl, last, less those of ancestors that are other runs",
     "parent_tokens": "run.json of it and its ancestors", "steps": "metrics.jsonl, last",
-    "flops": "metrics.jsonl, last", "batch_tokens": "metrics.jsonl, last", "final_lr": "metrics.jsonl, last",
+    "flops": "metrics.jsonl, last", "batch_tokens": "metrics.jsonl, last",
+    "final_lr": "run.json: schedule, of a run that finished; else metrics.jsonl, last",
     "lr": "run.json: schedule.peak_lr", "data": "run.json: contents and proportions of the sources",
     "total": "run.json: counts of the last segment", "non_embedding": "run.json: counts of the last segment",
     "active": "run.json: counts of the last segment", "unique_tokens": "run.json: sizes and proportions of the sources",
@@ -65,8 +66,11 @@ def read(folder: Path, held_out: str | None = None, *, now: float) -> Reading:
     labels = [*tail.labels, *eval_labels, *event_labels]
     row: Row = {"run": identity.get("name") or folder.name, "source": str(folder)}
     row |= described(identity)
+    planned = row.get("final_lr")
     row |= _progress(folder, tail, events, row)
     row["status"] = _status(folder, tail, events, identity, now, labels)
+    if row["status"] == FINISHED and planned is not None:
+        row["final_lr"] = planned  # that of the last step is a step short of it, and differs with the batch
     losses = _losses(evaluations, row.get("tokens", float("nan")), identity)
     row |= _loss(tail, losses, held_out, labels)
     beginning = begun(folder, identity)

@@ -31,7 +31,7 @@ def test_a_run_directory_is_one_row_with_its_columns(tmp_path):
     expected = {
         "run": "a", "status": "finished", "seed": 0, "total": 83_232, "non_embedding": 50_464, "active": 83_232,
         "hidden_size": 32, "num_layers": 4, "tokens": END, "unique_tokens": END, "seq_len": 128, "batch_tokens": BATCH,
-        "batch_sequences": 8, "steps": 2000, "lr": 0.004, "final_lr": 1e-4, "schedule": "wsd",
+        "batch_sequences": 8, "steps": 2000, "lr": 0.004, "final_lr": 0.0, "schedule": "wsd",
         "warmup_tokens": 100 * BATCH, "weight_decay": 0.1, "optimizer": "adamw", "beta1": 0.9, "beta2": 0.95,
         "flops_per_token": 595_968, "flops": END * 595_968, "streams": 1, "recurrences": 1, "precision": "fp32",
         "tokenizer": "bpe", "loss": 2.6, "loss_kind": "held-out heldout",
@@ -319,3 +319,12 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics(2001, 2001)[0]) + "\n")
     assert read([folder]).fingerprint != first
+
+
+def test_the_final_rate_of_a_finished_run_is_the_schedules_whatever_its_batch(tmp_path):
+    """That of the last step differs with the batch, and would part the cells of a grid of lr and batch."""
+    unfinished = write(tmp_path / "a", events=FINISHED[:1])
+    age(unfinished)
+    table = read([unfinished, write(tmp_path / "b")])
+    assert [row(table, k)["status"] for k in (0, 1)] == ["killed", "finished"]
+    assert [row(table, k)["final_lr"] for k in (0, 1)] == [1e-4, 0.0]
