@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.candidates import Candidate
+from scaling.cells import levels
+from scaling.clusters import standard_error
 from scaling.fitting.levenberg import minimise
 from scaling.fitting.objective import Huber, Objective, spread
 from scaling.fitting.starts import draw
-from scaling.frontier import levels
 from scaling.laws import find
 from scaling.results import HeldOut
 
@@ -26,6 +27,7 @@ BEST = 3
 """Solutions that a fit returns: different starts may lead to different valleys."""
 NEAR = 0.25
 """Median error at the trained runs, within which the published law's loss counts as in the same units."""
+PUBLISHED_LAW = "published chinchilla"
 PUBLISHED = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 """Chinchilla, in nats for each token of its own data (Besiroglu et al. 2024, arXiv 2404.10102)."""
 
@@ -84,8 +86,10 @@ def held_out(
     objective: Objective | None = None,
     starts: int = 16,
     seed: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, tuple[HeldOut, np.ndarray]]:
-    """Each split's measures, and the tested rows' predicted / measured - 1. y (n,) is the loss.
+    """Each split's measures, and the tested rows' predicted / measured - 1. y (n,) is the loss, `clusters` (n,) labels
+    rows that err together.
 
     A split is fitted to its own training rows alone, and nothing that it starts from has seen others: it begins from
     `starts` drawn for these rows, and from the solutions of splits that train on some of the same rows and no others.
@@ -105,12 +109,21 @@ def held_out(
         half_width = _half_width(jacobian[0][:, free], target - log[0], split)
         errors = np.exp(log[0] - target)[split.test] - 1
         inside = np.abs(log[0] - target)[split.test] <= half_width
-        results[split.name] = measures(law.name, candidate.size, split, errors, float(inside.mean()), y), errors
+        results[split.name] = (
+            measures(law.name, candidate.size, split, errors, float(inside.mean()), y, clusters),
+            errors,
+        )
     return results
 
 
 def baselines(
-    y: np.ndarray, compute: np.ndarray, x: Mapping[str, np.ndarray], splits: tuple[Split, ...], *, published: bool
+    y: np.ndarray,
+    compute: np.ndarray,
+    x: Mapping[str, np.ndarray],
+    splits: tuple[Split, ...],
+    *,
+    published: bool,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, dict[str, tuple[HeldOut, np.ndarray]]]:
     """The same, by name of the baseline, of what no fit is needed for: the loss of the trained run of most compute, a
     power of C alone, and, where the loss is in its units, the published Chinchilla law."""
@@ -127,23 +140,30 @@ def baselines(
             law = find("chinchilla")
             values = law.log_value(law.coordinates(PUBLISHED)[None], {"N": x["N"], "D": x["D"]})[0]
             if np.median(np.abs(np.exp(values) / y - 1)) < NEAR:
-                predicted.setdefault("published chinchilla", {})[split.name] = np.exp(values)
+                predicted.setdefault(PUBLISHED_LAW, {})[split.name] = np.exp(values)
     results: dict[str, dict[str, tuple[HeldOut, np.ndarray]]] = {}
     for name, by_split in predicted.items():
         for split in splits:
             if split.name in by_split:
                 errors = (by_split[split.name] / y)[split.test] - 1
-                measured = measures(name, "", split, errors, float("nan"), y)
+                measured = measures(name, "", split, errors, float("nan"), y, clusters)
                 results.setdefault(name, {})[split.name] = measured, errors
     return results
 
 
-def measures(law: str, size: str, split: Split, errors: np.ndarray, coverage: float, y: np.ndarray) -> HeldOut:
-    """Of predicted / measured - 1 of the tested rows, and the loss y of all rows. The standard error of one row is its
-    error."""
+def measures(
+    law: str,
+    size: str,
+    split: Split,
+    errors: np.ndarray,
+    coverage: float,
+    y: np.ndarray,
+    clusters: np.ndarray | None,
+) -> HeldOut:
+    """Of predicted / measured - 1 of the tested rows, and the loss y of all rows, whose clusters err together."""
     measured = y[split.test]
     absolute = np.abs(errors)
-    se = absolute.std(ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else absolute[0]
+    se = standard_error(absolute, (np.arange(len(y)) if clusters is None else clusters)[split.test])
     return HeldOut(
         law, size, split.name, int(split.train.sum()), len(errors), float(absolute.mean()), float(se),
         float(errors.mean()), coverage, tuple(measured.tolist()), tuple((measured * (1 + errors)).tolist()),
