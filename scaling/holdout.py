@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from scaling.candidates import Candidate
 from scaling.cells import levels
 from scaling.clusters import standard_error
-from scaling.fitting.levenberg import minimise
+from scaling.fitting.levenberg import Solutions, minimise
 from scaling.fitting.objective import Huber, Objective, spread
 from scaling.fitting.starts import draw
 from scaling.laws import find
@@ -25,6 +26,11 @@ MANY = 1000
 """Rows, beyond which sizes amid others are no longer held out: it takes long and tells little of extrapolation."""
 BEST = 3
 """Solutions that a fit returns: different starts may lead to different valleys."""
+RACE, GO_ON = 15, 4
+"""Steps that all starts take, and how many different ones of the best go on from there: most starts are hopeless, and
+crawl longest."""
+DIFFERENT = 1e-4
+"""Of ln of the loss: solutions whose predictions differ by less, root mean square, are one."""
 NEAR = 0.25
 """Median error at the trained runs, within which the published law's loss counts as in the same units."""
 PUBLISHED_LAW = "published chinchilla"
@@ -73,7 +79,7 @@ def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
 def solve(
     candidate: Candidate, y: np.ndarray, *, objective: Objective | None = None, starts: int = 48, seed: int = 0
 ) -> np.ndarray:
-    """Best parameter vectors of a fit to all rows (`BEST`, K), the best first. y (n,) is the loss."""
+    """Best parameter vectors of a fit to all rows (at most `BEST`, K), the best first. y (n,) is the loss."""
     begin = draw(candidate.law, candidate.x, np.log(y), starts, seed)
     return _descend(candidate, candidate.x, np.log(y), begin, objective)
 
@@ -92,15 +98,17 @@ def held_out(
     rows that err together.
 
     A split is fitted to its own training rows alone, and nothing that it starts from has seen others: it begins from
-    `starts` drawn for these rows, and from the solutions of splits that train on some of the same rows and no others.
+    `starts` drawn for these rows, and from the solutions of splits that train on some of the same rows and no others;
+    where there are such, half as many are drawn.
     The intervals for the coverage are of the residuals' spread and of the parameters' covariance by the Jacobian.
     """
     law, target, free = candidate.law, np.log(y), np.isnan(_fixed(candidate))
     solved: list[tuple[Split, np.ndarray]] = []
     for split in sorted(splits, key=lambda each: int(each.train.sum())):
         own = {symbol: values[split.train] for symbol, values in candidate.x.items()}
-        within = [best[:1] for other, best in solved if not (other.train & ~split.train).any()]
-        begin = np.vstack([draw(law, own, target[split.train], starts, seed), *within])
+        within = [best for other, best in solved if not (other.train & ~split.train).any()]
+        drawn = draw(law, own, target[split.train], starts // 2 if within else starts, seed)
+        begin = np.vstack([drawn, *within])
         solved.append((split, _descend(candidate, own, target[split.train], begin, objective)))
     best = {split.name: solutions[:1] for split, solutions in solved}
     results = {}
@@ -177,14 +185,24 @@ def _descend(
     begin: np.ndarray,
     objective: Objective | None,
 ) -> np.ndarray:
-    """The best solutions, (`BEST`, K), that the starts (S, K) lead to on rows with this ln of the loss, (n,)."""
+    """The best solutions, (at most `BEST`, K), that starts (S, K) lead to on rows with this ln of the loss, (n,)."""
     fixed = _fixed(candidate)
     free = np.isnan(fixed)
-    found = minimise(
-        candidate.law, x, target, np.where(free, begin, fixed), objective or Huber(), free=free, tolerance=1e-7,
-        iterations=150,
-    )  # fmt: skip
-    return found.coordinates[np.argsort(found.objective, kind="stable")[:BEST]]
+    step = partial(minimise, candidate.law, x, target, objective=objective or Huber(), free=free)
+    raced = step(starts=np.where(free, begin, fixed), tolerance=1e-3, iterations=RACE)
+    found = step(starts=raced.coordinates[_different(raced, GO_ON)], tolerance=1e-7, iterations=150)
+    return found.coordinates[_different(found, BEST)]
+
+
+def _different(found: Solutions, count: int) -> list[int]:
+    """At most so many of the solutions, the best first, that predict differently."""
+    order = np.argsort(found.objective, kind="stable")
+    chosen = [int(order[0])]
+    for each in order[1:]:
+        apart = found.residuals[chosen] - found.residuals[each]
+        if len(chosen) < count and (np.sqrt((apart**2).mean(axis=1)) > DIFFERENT).all():
+            chosen.append(int(each))
+    return chosen
 
 
 def _fixed(candidate: Candidate) -> np.ndarray:
