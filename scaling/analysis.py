@@ -86,8 +86,7 @@ def analyse(
         held_out=(*losses.held_out, *optima.held_out),
         bowls=optima.bowls,
         decisions=tuple(
-            decisions.decide(each, fits, optima.bowls, constants=shared, far=far, stability=optima.stability, seed=seed)
-            for each in targets
+            decisions.decide(each, fits, optima.bowls, constants=shared, far=far, seed=seed) for each in targets
         ),
         frontier=_frontier(table.where(best), losses.fits, replicates, seed),
         provenance={**provenance, "options": options, "versions": versions(), "fingerprint": table.fingerprint},

@@ -15,7 +15,7 @@ from launch import main as verbs
 from launch import plan, planning
 from launch.auto import columns_of, open_laws
 from launch.config import compose
-from launch.planning import Machine, Target, make_plan, open_preset, sizes
+from launch.planning import Machine, Target, make_plan, open_preset
 from launch.shapes import Family
 from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
@@ -426,13 +426,10 @@ def settled_alike(tmp_path, preset, batch, *more, **kept):
     config = compose(preset, [f"law.source={path}", f"batch.sequences={batch}", "law.far=true"])
     known = {name: each for name, each in columns_of(config).items() if name != "lr"}
     target = {"N": known["non_embedding"], "D": known["tokens"], "batch_tokens": batch * 64.0}
-    laws, told = (
-        open_laws(path),
-        {name: fit for name in ("loss", "lr", "batch_tokens") if (fit := law_for(fits, name)[0])},
-    )
-    found = sizes(told, Target(params=target["N"], tokens=target["D"]), lambda wanted: 6 * wanted)
-    planned = planning.decide(laws, told, found, known, True)
-    fitted = decisions.decide(target, fits, bowls(), far=True, stability=law_for(fits, "max_lr")[0])
+    laws = open_laws(path)
+    found = planning.sizes(laws, Target(params=target["N"], tokens=target["D"]))
+    planned = decisions.settle(found, laws.fits, laws.bowls, known, far=True)
+    fitted = decisions.decide(target, fits, bowls(), far=True)
     return fitted, planned, config.law_record["values"]["optim.lr"]
 
 
