@@ -16,9 +16,9 @@ Every method starts from the same 12 runs of the cheapest cell, drawn by the see
 doubles in rounds; in each the method chooses runs until none that is left in the pool fits, knowing only losses of
 runs that it chose before the round. All methods decide by the same belief (`scaling.design`), so that only the choice
 of runs differs; beside it stands, as "laws", what fit and plan propose from the same runs (`scaling.decisions`), where
-their cells tell a law of both lr and batch. Regret is the loss at the proposed lr and batch over the lowest of the cell, less 1: at the nearest
-run in (ln lr, ln B), and by linear interpolation between runs (at the nearest where the proposal is outside of them).
-Mean over the judged cells; then mean over seeds with a 95 % bootstrap interval.
+their cells tell a law of both lr and batch. Regret is the loss at the proposed lr and batch over the lowest of the
+cell, less 1: at the nearest run in (ln lr, ln B), and by linear interpolation between runs (at the nearest where the
+proposal is outside of them). Mean over the judged cells; then mean over seeds with a 95 % bootstrap interval.
 """
 
 import argparse

@@ -73,12 +73,13 @@ def _few(quantity: str, count: int) -> Verdict:
 
 
 def _asked(table: RunTable, law: Law, size: str, bowls: Sequence[Bowl], replicates: int, seed: int) -> Fit:
-    """A law that was asked for: of the optima of cells, or where no cell varies of the runs as they are."""
+    """A law that was asked for: of the optima of cells. Where no cell varies it is drawn through the runs as they are,
+    and is not identified: it says what was taken, and not what is best."""
     if any(getattr(each, law.quantity) is not None for each in bowls):
         return fit_optima(table, law, size=size, replicates=replicates, seed=seed)
     found = fit_rows(table, law, (size,), replicates, seed)
-    message = f"{law.quantity} does not vary between runs that are otherwise equal: each run is taken to be at its best"
-    return replace(found, verdicts=(*found.verdicts, Verdict("warning", "taken_for_best", message)))
+    message = f"{law.quantity} does not vary between runs that are otherwise equal: without a sweep no best one is seen"
+    return replace(found, verdicts=(Verdict("failure", "no_sweep", message), *found.verdicts))
 
 
 def _ranked(bowls: Sequence[Bowl], quantity: str, size: str) -> tuple[list[str], list[HeldOut]]:
