@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,10 @@ MOST_TENSOR = 8
 RECOMPUTE = ("none", "selective", "full")
 MOST_AT_ONCE = 64
 """Sequences of a micro-batch that are tried, where the preset names none."""
+FEW_LAYERS = 2, 4
+"""Of the models by which the memory of deep ones is guessed."""
+SURELY = 1.15
+"""Times what a device has, of a guess: so far beyond, the memory is not looked at more closely."""
 STATE_BYTES = 16
 """Of a parameter in fp32: itself, its gradient and two moments, the least that a mesh has to hold."""
 
@@ -265,17 +269,63 @@ def _held(raw: dict[str, Any], machine: Machine) -> tuple[dict[str, Any], int | 
             f"{machine.world_size:,}; give more, or a smaller target"
         )
     largest = min(share, config.batch.micro_sequences or MOST_AT_ONCE)
+    choices = [each for each in range(1, largest + 1) if share % each == 0 or each == largest]
     for recompute in RECOMPUTE[RECOMPUTE.index(config.parallel.recompute) :]:
-        held = None
-        for micro in (each for each in range(1, largest + 1) if share % each == 0 or each == largest):
-            tried = _with(raw, recompute, micro)
-            needed = _needed(tried, machine)
-            if needed > limit:
-                break
-            held = tried, needed
-        if held is not None:
-            return held
+        needed, likely = _memory(raw, recompute, machine)
+        if (held := largest_held(choices, needed, likely, limit)) is not None:
+            return _with(raw, recompute, held), needed(held)
     return None
+
+
+def largest_held(
+    choices: Sequence[int], needed: Callable[[int], float], likely: Callable[[int], float], limit: float
+) -> int | None:
+    """The largest choice, of rising ones, that needs no more than the limit; None where the first needs more.
+
+    `needed` takes long: it is asked for the choice that `likely`, a line through its first and last value, expects, and
+    from there for its neighbours until one holds and the next does not, or surely would not.
+    """
+    if likely(choices[0]) > SURELY * limit:
+        return None
+    expected = np.interp(choices, [choices[0], choices[-1]], [likely(choices[0]), likely(choices[-1])])
+    place = max(int(np.searchsorted(expected, limit, side="right")) - 1, 0)
+    if needed(choices[place]) > limit:
+        while place >= 0 and needed(choices[place]) > limit:
+            place -= 1
+        return choices[place] if place >= 0 else None
+    while place + 1 < len(choices) and expected[place + 1] <= SURELY * limit and needed(choices[place + 1]) <= limit:
+        place += 1
+    return choices[place]
+
+
+def _memory(
+    raw: Mapping[str, Any], recompute: str, machine: Machine
+) -> tuple[Callable[[int], float], Callable[[int], float]]:
+    """Bytes of the fullest device by sequences of a micro-batch: as they are, and as models of few layers tell them."""
+
+    @cache
+    def needed(micro: int) -> int:
+        return _needed(_with(raw, recompute, micro), machine)
+
+    @cache
+    def likely(micro: int) -> float:
+        guess = _likely(_with(raw, recompute, micro), machine)
+        return needed(micro) if guess is None else guess
+
+    return needed, likely
+
+
+def _likely(raw: Mapping[str, Any], machine: Machine) -> float | None:
+    """About the bytes of the fullest device, by those of the same model with few layers, as each one more needs as
+    much. None for a model of few layers, and for one that cannot be without some of its layers."""
+    layers = raw["model"]["num_layers"]
+    if layers <= 2 * FEW_LAYERS[1]:
+        return None
+    try:
+        few, more = (_needed({**raw, "model": {**raw["model"], "num_layers": each}}, machine) for each in FEW_LAYERS)
+    except ValueError:
+        return None
+    return few + (more - few) * (layers - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0])
 
 
 def _share(config: RunConfiguration, machine: Machine) -> int:
