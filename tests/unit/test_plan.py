@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launch import main as verbs
@@ -117,6 +117,7 @@ def test_a_law_without_an_optimum_is_refused():
 
 
 @given(st.floats(min_value=1e6, max_value=1e12), st.sampled_from(["total", "non_embedding", "active"]))
+@example(166685973.0, "non_embedding")  # 19 heads would be the nearest, which share one key-value head
 @settings(max_examples=15, deadline=None)
 def test_the_nearest_shape_is_near_and_of_the_family(target, size):
     if size != "non_embedding":
