@@ -22,7 +22,7 @@ TESTED = 3
 """Rows that are held out at the largest N, at least."""
 FOLDS = 6
 """Sizes are held out one by one up to so many, and in so many groups of neighbours beyond."""
-MANY = 1000
+MANY = 200
 """Rows, beyond which sizes amid others are no longer held out: it takes long and tells little of extrapolation."""
 BEST = 3
 """Solutions that a fit returns: different starts may lead to different valleys."""

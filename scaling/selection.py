@@ -86,10 +86,13 @@ def choose(
     counting, clusters = [each.name for each in counted], clusters_of(kept)
     candidates, too_few = _with_enough_rows(candidates, counted)
     scores, measured, solutions = [], [], {}
+    names = {each.law.name for each in candidates}
+    nested = {name for pair in NESTINGS if {pair.smaller, pair.larger} <= names for name in (pair.smaller, pair.larger)}
     for candidate in candidates:
-        best = solve(candidate, y, starts=starts, seed=seed)
         results = held_out(candidate, y, splits, seed=seed, clusters=clusters)
-        solutions[candidate.law.name, candidate.size] = candidate, best
+        if candidate.law.name in nested:
+            best = solve(candidate, y, starts=starts, seed=seed)
+            solutions[candidate.law.name, candidate.size] = candidate, best
         scores.append(_score(results, counted, clusters, candidate.free, dict(candidate.fixed)))
         measured += [each for each, _ in results.values()]
     for results in baselines(y, x["C"], x, splits, published=_in_nats(kept), clusters=clusters).values():
