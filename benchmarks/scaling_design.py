@@ -15,9 +15,10 @@ cost of one run. Two protocols, each with the same cells judged for every method
 Every method starts from the same 12 runs of the cheapest cell, drawn by the seed, whose cost counts. Then spending
 doubles in rounds; in each the method chooses runs until none that is left in the pool fits, knowing only losses of
 runs that it chose before the round. All methods decide by the same belief (`scaling.design`), so that only the choice
-of runs differs. Regret is the loss at the proposed lr and batch over the lowest of the cell, less 1: at the nearest
-run in (ln lr, ln B), and by linear interpolation between runs (at the nearest where the proposal is outside of them).
-Mean over the judged cells; then mean over seeds with a 95 % bootstrap interval.
+of runs differs; beside it stands, as "laws", what fit and plan propose from the same runs (`scaling.decisions`), where
+their cells tell a law of both lr and batch. Regret is the loss at the proposed lr and batch over the lowest of the
+cell, less 1: at the nearest run in (ln lr, ln B), and by linear interpolation between runs (at the nearest where the
+proposal is outside of them). Mean over the judged cells; then mean over seeds with a 95 % bootstrap interval.
 """
 
 import argparse
@@ -34,14 +35,21 @@ from scipy.interpolate import LinearNDInterpolator
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from scaling import decisions
+from scaling.columns import DIVERGED, FINISHED, RUNNING
 from scaling.design.belief import learn
 from scaling.design.choice import Value, choose, design, entropy_value, regret_value
 from scaling.design.posterior import Belief
 from scaling.design.runs import Runs, cells_of, read
+from scaling.optimum_laws import find_optima
+from scaling.results import Decision
+from scaling.table import RunTable, tidy
 
 SIZE = "non_embedding"
 SHARE = 0.10
 FIRST = 12
+REPLICATES = 100
+"""Of the laws' bootstrap: it tells whether they are identified, and not what they propose."""
 SPENDING = tuple(SHARE / 2**k for k in range(9, -1, -1))
 """Shares of the grid's compute after each round."""
 PROTOCOLS = ("larger", "scattered")
@@ -165,22 +173,39 @@ def replay(runs: Runs, protocol: str, method: str, seed: int, spending: Sequence
             taken[left if fits_all else left[chooser(belief, pool.where(left), budget, generator)]] = True
             belief = learn(pool.where(taken), SIZE, start=belief)
         rows.append({"share": share, "spent": pool.flops[taken].sum() / setting.compute, "runs": int(taken.sum())})
-        rows[-1] |= judge(belief, setting.judged)
+        rows[-1] |= judge(belief, pool.where(taken), setting.judged)
     return pd.DataFrame(rows).assign(protocol=protocol, method=method, seed=seed)
 
 
-def judge(belief: Belief, judged: Sequence[Surface]) -> dict[str, float]:
-    """Regret of the belief's decisions, and what it expected."""
-    decisions = [belief.decide(each.N, each.D) for each in judged]
-    settings = [[each.proposal[name].value for name in ("lr", "batch_tokens")] for each in decisions]
-    regrets = np.array([each.regret(*at) for each, at in zip(judged, settings, strict=True)])
+def judge(belief: Belief, runs: Runs, judged: Sequence[Surface]) -> dict[str, float]:
+    """Regret of the belief's decisions, and what it expected; and of what fit and plan propose from these runs."""
+    believed = [belief.decide(each.N, each.D) for each in judged]
+    regrets = np.array([_regret(each, at) for each, at in zip(believed, judged, strict=True)])
+    by_laws = np.array([_regret(each, at) for each, at in zip(by_law(runs, judged), judged, strict=True)])
     nearest, linear = regrets.mean(axis=0)
     return {
         "nearest": float(nearest),
         "linear": float(linear),
         "worst": float(regrets[:, 1].max()),
-        "expected": float(np.mean([each.regret for each in decisions])),
+        "expected": float(np.mean([each.regret for each in believed])),
+        "laws": float(by_laws[:, 1].mean()),
     }
+
+
+def by_law(runs: Runs, judged: Sequence[Surface]) -> list[Decision]:
+    """What fit and plan decide at the judged cells: by the laws through the bowls of these runs' cells."""
+    status = np.select([runs.diverged, runs.pending], [DIVERGED, RUNNING], FINISHED)
+    columns = {"tokens": runs.D, "lr": runs.lr, "batch_tokens": runs.batch_tokens, "flops": runs.flops}
+    frame = pd.DataFrame({SIZE: runs.N, **columns, "loss": runs.loss, "status": status})
+    found = find_optima(RunTable(tidy(frame)), SIZE, (), REPLICATES, 0, checks=False)
+    return [decisions.decide({"N": each.N, "D": each.D}, found.fits, found.bowls, far=True) for each in judged]
+
+
+def _regret(decision: Decision, at: Surface) -> tuple[float, float]:
+    """As of `Surface.regret`; NaN where the rate or the batch is not told."""
+    if not {"lr", "batch_tokens"} <= set(decision.proposal):
+        return float("nan"), float("nan")
+    return at.regret(*(decision.proposal[name].value for name in ("lr", "batch_tokens")))
 
 
 def summary(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -189,6 +214,9 @@ def summary(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
 
     def text(values: pd.Series) -> str:
         draws = generator.choice(values.to_numpy(), (2000, len(values))).mean(axis=1)
+        if not np.isfinite(values).all():
+            told = int(np.isfinite(values).sum())
+            return f"{100 * values.mean():.3f} in {told} of {len(values)}" if told else "not told"
         low, high = np.quantile(draws, [0.025, 0.975])
         return f"{100 * values.mean():.3f} ({100 * low:.3f}, {100 * high:.3f})"
 
@@ -213,7 +241,7 @@ def main() -> None:
         play = partial(replay, runs, protocol)
         rows = pd.concat([play(name, seed) for name in methods(()) for seed in range(options.seeds)], ignore_index=True)
         parts.append(rows)
-        for measure in ("linear", "nearest", "worst"):
+        for measure in ("linear", "laws", "nearest", "worst"):
             print(f"\n{measure}, % of the loss, by share of the grid's compute\n")
             print(summary(rows, measure).to_string(), flush=True)
         counts = rows.groupby(["share", "method"], sort=False)["runs"].mean().unstack(sort=False)

@@ -10,12 +10,13 @@ from pydantic import ValidationError
 
 from runtime.config import Config
 from runtime.model.counts import count, flops_per_token
-from scaling import optima
+from scaling.cells import AXES
+from scaling.decisions import NOTHING, is_too_far, settle
 from scaling.laws import find
 from scaling.laws_file import read
-from scaling.proposal import inputs_of, law_for, reach, value_at
+from scaling.proposal import inputs_of, law_for
 from scaling.published import PUBLISHED, published
-from scaling.results import Bowl, Decision, Estimate, Fit
+from scaling.results import Bowl, Fit
 
 AUTO = "auto"
 QUANTITIES = {"batch.sequences": "batch_tokens", "optim.lr": "lr"}
@@ -144,27 +145,6 @@ def round_batch(tokens: float, config: Config, processes: int) -> int:
     return max(1, round(wanted / unit)) * unit
 
 
-def evaluate(key: str, fit: Fit, known: Mapping[str, float]) -> Estimate:
-    """The law's value of a key, in the unit of its quantity. ValueError that names the key."""
-    try:
-        return value_at(fit, known)
-    except ValueError as error:
-        hint = "; give schedule.horizon" if "tokens" not in known else ""
-        raise ValueError(f"{key}: {error}{hint}") from None
-
-
-def settle(laws: Laws, settings: Sequence[Fit], known: Mapping[str, float]) -> Decision | None:
-    """Learning rate and batch of a run of these columns as `optima.decide` has them, by laws of lr and batch_tokens. A
-    batch that is known is kept. None where the laws have no draws or no scatter, or the run no length."""
-    if not settings or not {"tokens", "flops"} <= set(known):
-        return None
-    if not all(len(each.draws) and math.isfinite(each.noise) for each in settings):
-        return None
-    target = {name: each for name, each in known.items() if each > 0 and name != "lr"}
-    target |= {"N": target[settings[0].size], "D": target["tokens"], "C": target["flops"]}
-    return optima.decide(target, settings, laws.bowls, far=True, stability=law_for(laws.fits, "max_lr")[0])
-
-
 def describe(fit: Fit) -> dict[str, Any]:
     """A law for a record: formula, constants, what N means, and where it is from."""
     law = find(fit.law)
@@ -207,15 +187,18 @@ def _value(
         raise ValueError(
             f'{key} = "auto": {laws.name} has no law of {quantity}; these have: {", ".join(_telling(quantity))}'
         )
-    estimate, notes = evaluate(key, fit, known), ()
-    settings = [each for name in ("lr", "batch_tokens") if (each := law_for(laws.fits, name)[0]) is not None]
     asked = {name: each for name, each in known.items() if quantity == "lr" or not name.startswith("batch")}
-    if found := settle(laws, settings if quantity == "lr" else [fit], asked):
-        estimate, notes = found.proposal[quantity], found.verdicts
-    judged = reach([fit], known.get("flops", math.nan))
-    warnings = [each.message for each in (*judged, *notes) if each not in notes or each.code != "extrapolation"]
-    if not far and any(each.level == "failure" for each in judged):
+    try:
+        found = settle(
+            NOTHING, laws.fits, laws.bowls, asked, far=far, quantities=AXES if quantity == "lr" else [quantity]
+        )
+    except ValueError as error:
+        hint = "; give schedule.horizon" if "tokens" not in known else ""
+        raise ValueError(f"{key}: {error}{hint}") from None
+    warnings = [each.message for each in found.verdicts if each.level != "ok"]
+    if is_too_far(found):
         raise ValueError(f"{key}: {warnings[0]}; law.far = true takes it nevertheless")
+    estimate = found.proposal[quantity]
     if key == "batch.sequences":
         value: float = round_batch(estimate.value, config, processes)
         if not 2 / 3 < value * config.data.seq_len / estimate.value < 3 / 2:

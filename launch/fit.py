@@ -209,7 +209,11 @@ def untold(analysis: "Analysis", asked: Sequence[str]) -> list[str]:
     from scaling.laws import find
 
     names = {find(each).name for each in asked}
-    found = [f"the law {fit.law}" for fit in analysis.fits if fit.law in names and not fit.identified]
+    found = []
+    for fit in analysis.fits:
+        if fit.law in names and not fit.identified:
+            why = "; ".join(each.message for each in fit.verdicts if each.level == "failure")
+            found.append(f"the law {fit.law}: {why}")
     return found + [f"the target {_told(each.target)}" for each in analysis.decisions if not each.proposal]
 
 

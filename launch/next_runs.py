@@ -11,8 +11,9 @@ from launch.planning import Machine, Preset, Target, Unidentified, checked, draf
 from launch.shapes import Family
 from runtime.model.counts import count as counted
 from scaling.columns import DIVERGED, RUNNING
+from scaling.decisions import by_parameter
 from scaling.design import Proposal, next_runs
-from scaling.proposal import FLOPS, reach
+from scaling.proposal import reach
 
 MOST_APART = 0.02
 """Of ln N: a shape further from the size that was asked for is another cell of the grid."""
@@ -48,8 +49,8 @@ def design(
     known = ordered[0] if ordered else None
     size = known.size if known else "non_embedding"
     family = Family(preset.config.model, preset.config.parallel.tensor) if preset else None
-    flops_of = family.flops_per_token(size, preset.config.data.seq_len) if family else lambda wanted: FLOPS * wanted
-    found = sizes(fits, target, flops_of).proposal
+    flops_of = family.flops_per_token(size, preset.config.data.seq_len) if family else by_parameter
+    found = sizes(laws, target, flops_of).proposal
     compute = target.compute or found["D"].value * float(flops_of(np.array([found["N"].value]))[0])
     judged = reach([*fits.values(), *([known] if known and known.quantity not in fits else [])], compute)
     if not far and (beyond := next((each for each in judged if each.level == "failure"), None)):

@@ -46,7 +46,7 @@ def table(plan: Plan, laws: Laws, throughput: float | None = None) -> str:
         lines += ["", *_run(plan, throughput)]
     elif throughput is not None:
         lines.append(_days(plan.decision.proposal["D"].value, throughput))
-    lines += [f"warning: {each.message}" for each in plan.decision.verdicts]
+    lines += _warnings(plan)
     return "\n".join([f"By {laws.name}\n", _text(grid), *lines])
 
 
@@ -187,5 +187,8 @@ def _comments(plan: Plan, laws: Laws) -> list[str]:
         flat = plan.decision.plateau.get(name)
         plateau = f"; plateau {flat.low:.4g} to {flat.high:.4g}" if flat else ""
         lines.append(f"{NAMES[name]}: {estimate.value:.4g}, 95 % interval {_interval(estimate)}{plateau}")
-    lines += [f"warning: {each.message}" for each in plan.decision.verdicts]
-    return lines
+    return lines + _warnings(plan)
+
+
+def _warnings(plan: Plan) -> list[str]:
+    return [f"warning: {each.message}" for each in plan.decision.verdicts if each.level != "ok"]

@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from launch.auto import Laws, columns_of, round_batch, round_rate, settle
+from launch.auto import Laws, columns_of, round_batch, round_rate
 from launch.config import read, validated
 from launch.growth_config import RunConfiguration
 from launch.shapes import Family
@@ -18,12 +19,17 @@ from runtime.observe.dry_run import supposed_device
 from runtime.observe.memory import estimate
 from runtime.observe.proposal import MOST_AT_ONCE, MOST_TENSOR, RECOMPUTE
 from runtime.parallel.mesh import plan_layout
-from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, reach, value_at
-from scaling.results import Decision, Estimate, Fit, Plateau, Verdict
+from scaling import decisions
+from scaling.decisions import by_parameter
+from scaling.proposal import law_for
+from scaling.results import Decision, Fit, Plateau, Verdict
 
 QUANTITIES = ("loss", "batch_tokens", "lr")
 SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-SIZES = ("total", "non_embedding", "active")
+FEW_LAYERS = 2, 4
+"""Of the models by which the memory of deep ones is guessed."""
+SURELY = 1.15
+"""Times what a device has, of a guess: so far beyond, the memory is not looked at more closely."""
 STATE_BYTES = 16
 """Of a parameter in fp32: itself, its gradient and two moments, the least that a mesh has to hold."""
 
@@ -50,6 +56,12 @@ class Target:
         for name in given:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name):g} is not positive")
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """By the symbols of laws."""
+        given = {"C": self.compute, "N": self.params, "D": self.tokens}
+        return {name: each for name, each in given.items() if each is not None}
 
     @property
     def splits(self) -> bool:
@@ -109,15 +121,8 @@ def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machin
         raise ValueError(f"{laws.name} has no law of {', '.join(QUANTITIES)}")
     size = next(iter(fits.values())).size
     if preset is None:
-        found = sizes(fits, target, lambda wanted: FLOPS * wanted)
-        n, d = (found.proposal[name].value for name in "ND")
-        known = dict.fromkeys(SIZES, n) | {"tokens": d, "flops_per_token": FLOPS * n}
-        known |= {"flops": FLOPS * n * d, "flops_without_head": FLOPS * n * d}
-        if len({fit.size for fit in fits.values()}) > 1:
-            counts = ", ".join(f"{name} by {fit.size}" for name, fit in fits.items())
-            said = f"the laws count parameters differently ({counts}), and without --config they are taken as equal"
-            found = replace(found, verdicts=(*found.verdicts, Verdict("warning", "size", said)))
-        return Plan(decide(laws, fits, found, known, far), fits, size)
+        found = sizes(laws, target)
+        return Plan(answered(decisions.at_sizes(found, laws.fits, laws.bowls, far=far)), fits, size)
     for tensor in _degrees(preset, machine):
         plan = _shaped(laws, fits, size, target, preset, machine, tensor, far)
         if plan is not None:
@@ -140,62 +145,24 @@ def told_by(laws: Laws, quantities: Sequence[str]) -> dict[str, Fit]:
     return found
 
 
-def sizes(fits: Mapping[str, Fit], target: Target, flops_of: Callable[[np.ndarray], np.ndarray]) -> Decision:
-    """N and D for a target, by the loss law where only the compute is given. `flops_of` as of `allocate`.
+def sizes(laws: Laws, target: Target, flops_of: Callable[[np.ndarray], np.ndarray] = by_parameter) -> Decision:
+    """N and D for a target, by the law of loss where only the compute is given. `flops_of` as of `decisions.sizes`.
 
-    `Unidentified` where too many draws of the law have no optimum.
+    ValueError for laws that have none of the loss, `Unidentified` where it has no optimum.
     """
-    compute, n, d = target.compute, target.params, target.tokens
-    if target.splits:
-        if "loss" not in fits:
-            raise ValueError("there is no law of loss, which --compute alone needs; give --params or --tokens too")
-        found = allocate(fits["loss"], compute, flops_of)
-        if failed := next((each for each in found.verdicts if each.level == "failure"), None):
-            raise Unidentified(failed.message)
-        proposal = {"N": found.N, "D": found.D}
-        return Decision({"C": compute}, proposal, {"N": found.plateau}, found.regret, math.nan, found.verdicts)
-    if n is None:
-        n = _size_of(compute / d, flops_of)
-    elif d is None:
-        d = compute / float(flops_of(np.array([n]))[0])
-    given = {"N": Estimate(n, n, n, 0.0), "D": Estimate(d, d, d, 0.0)}
-    asked = {"C": compute, "N": target.params, "D": target.tokens}
-    return Decision({name: each for name, each in asked.items() if each is not None}, given, {}, math.nan, math.nan)
+    return answered(decisions.sizes(laws.fits, target.asked, flops_of))
 
 
-def _size_of(flops: float, flops_of: Callable[[np.ndarray], np.ndarray]) -> float:
-    """The size at which a token costs so many FLOPs, which rise with it."""
-    grid = np.geomspace(1.0, flops, 4001)
-    return float(np.exp(np.interp(math.log(flops), np.log(flops_of(grid)), np.log(grid))))
-
-
-def decide(laws: Laws, fits: Mapping[str, Fit], found: Decision, known: Mapping[str, float], far: bool) -> Decision:
-    """The decision with the settings of a run of these columns, and the loss it may come to. `Unidentified` where a law
-    is further from its data than is trusted, unless `far`. A batch among `known` is kept, and the rate follows it."""
-    settings = [fits[name] for name in ("lr", "batch_tokens") if name in fits]
-    used = [*settings, *([fits["loss"]] if "loss" in fits else [])]
-    verdicts = [each for each in reach(used, known["flops"]) if each.code == "extrapolation"]
-    if not far and (beyond := next((each for each in verdicts if each.level == "failure"), None)):
-        raise Unidentified(f"{beyond.message}; --far takes the law's word for it")
-    proposal, plateaus, regret = dict(found.proposal), dict(found.plateau), found.regret
-    excess = 0.0
-    positive = {name: each for name, each in known.items() if each > 0}
-    if best := settle(laws, settings, positive):
-        verdicts += [each for each in best.verdicts if each.code != "extrapolation"]
-        proposal |= {name: best.proposal[name] for name in ("batch_tokens", "lr") if name in best.proposal}
-        plateaus |= best.plateau
-        regret = math.fsum(each for each in (regret, best.regret) if math.isfinite(each)) or math.nan
-        excess = best.excess
-    else:
-        for fit in reversed(settings):  # a law of the rate may be one of the batch too
-            if fit.quantity not in known:
-                proposal[fit.quantity] = value_at(fit, positive)
-                positive.setdefault(fit.quantity, proposal[fit.quantity].value)
-    if "loss" in fits:
-        proposal["loss"] = loss_at(fits["loss"], positive, excess)
-    verdicts = tuple(Verdict("warning", each.code, each.message) for each in verdicts)
-    beyond = extrapolation(used, known["flops"])
-    return Decision(found.target, proposal, plateaus, regret, beyond, (*found.verdicts, *verdicts), excess)
+def answered(found: Decision) -> Decision:
+    """A decision that laws tell. ValueError where there is no law of the loss to split compute, `Unidentified` for any
+    other failure."""
+    failed = next((each for each in found.verdicts if each.level == "failure"), None)
+    if failed is None:
+        return found
+    if failed.code == "no_law":
+        raise ValueError("there is no law of loss, which --compute alone needs; give --params or --tokens too")
+    hint = "; --far takes the law's word for it" if failed.code == "extrapolation" else ""
+    raise Unidentified(failed.message + hint)
 
 
 def _shaped(
@@ -210,7 +177,7 @@ def _shaped(
 ) -> Plan | None:
     """The plan with a tensor-parallel degree; None where the machine cannot hold it."""
     family, seq_len = Family(preset.config.model, tensor), preset.config.data.seq_len
-    found = sizes(fits, target, family.flops_per_token(size, seq_len))
+    found = sizes(laws, target, family.flops_per_token(size, seq_len))
     model = family.nearest(size, found.proposal["N"].value)
     tokens = found.proposal["D"].value
     if target.compute is not None and target.tokens is None:
@@ -218,11 +185,12 @@ def _shaped(
     raw = draft(preset, model, tokens, tensor)
     config = checked(raw)
     known = {name: each for name, each in columns_of(config).items() if not name.startswith(("lr", "batch"))}
-    decision = decide(laws, fits, found, known, far)
+    settled = partial(decisions.settle, found, laws.fits, laws.bowls, far=far)
+    decision = answered(settled(known=known))
     if "batch_tokens" in fits:
         raw["batch"]["sequences"] = round_batch(decision.proposal["batch_tokens"].value, config, machine.world_size)
     batch_tokens = raw["batch"]["sequences"] * seq_len
-    decision = _at_batch(decision, decide(laws, fits, found, known | {"batch_tokens": batch_tokens}, far), batch_tokens)
+    decision = _at_batch(decision, settled(known=known | {"batch_tokens": batch_tokens}), batch_tokens)
     raw["schedule"]["horizon"] = whole_steps(tokens, batch_tokens)
     if "lr" in fits:
         raw["optim"]["lr"] = round_rate(decision.proposal["lr"].value)
@@ -297,17 +265,63 @@ def _held(raw: dict[str, Any], machine: Machine) -> tuple[dict[str, Any], int | 
             f"{machine.world_size:,}; give more, or a smaller target"
         )
     largest = min(share, config.batch.micro_sequences or MOST_AT_ONCE)
+    choices = [each for each in range(1, largest + 1) if share % each == 0 or each == largest]
     for recompute in RECOMPUTE[RECOMPUTE.index(config.parallel.recompute) :]:
-        held = None
-        for micro in (each for each in range(1, largest + 1) if share % each == 0 or each == largest):
-            tried = _with(raw, recompute, micro)
-            needed = _needed(tried, machine)
-            if needed > limit:
-                break
-            held = tried, needed
-        if held is not None:
-            return held
+        needed, likely = _memory(raw, recompute, machine)
+        if (held := largest_held(choices, needed, likely, limit)) is not None:
+            return _with(raw, recompute, held), needed(held)
     return None
+
+
+def largest_held(
+    choices: Sequence[int], needed: Callable[[int], float], likely: Callable[[int], float], limit: float
+) -> int | None:
+    """The largest choice, of rising ones, that needs no more than the limit; None where the first needs more.
+
+    `needed` takes long: it is asked for the choice that `likely`, a line through its first and last value, expects, and
+    from there for its neighbours until one holds and the next does not, or surely would not.
+    """
+    if likely(choices[0]) > SURELY * limit:
+        return None
+    expected = np.interp(choices, [choices[0], choices[-1]], [likely(choices[0]), likely(choices[-1])])
+    place = max(int(np.searchsorted(expected, limit, side="right")) - 1, 0)
+    if needed(choices[place]) > limit:
+        while place >= 0 and needed(choices[place]) > limit:
+            place -= 1
+        return choices[place] if place >= 0 else None
+    while place + 1 < len(choices) and expected[place + 1] <= SURELY * limit and needed(choices[place + 1]) <= limit:
+        place += 1
+    return choices[place]
+
+
+def _memory(
+    raw: Mapping[str, Any], recompute: str, machine: Machine
+) -> tuple[Callable[[int], float], Callable[[int], float]]:
+    """Bytes of the fullest device by sequences of a micro-batch: as they are, and as models of few layers tell them."""
+
+    @cache
+    def needed(micro: int) -> int:
+        return _needed(_with(raw, recompute, micro), machine)
+
+    @cache
+    def likely(micro: int) -> float:
+        guess = _likely(_with(raw, recompute, micro), machine)
+        return needed(micro) if guess is None else guess
+
+    return needed, likely
+
+
+def _likely(raw: Mapping[str, Any], machine: Machine) -> float | None:
+    """About the bytes of the fullest device, by those of the same model with few layers, as each one more needs as
+    much. None for a model of few layers, and for one that cannot be without some of its layers."""
+    layers = raw["model"]["num_layers"]
+    if layers <= 2 * FEW_LAYERS[1]:
+        return None
+    try:
+        few, more = (_needed({**raw, "model": {**raw["model"], "num_layers": each}}, machine) for each in FEW_LAYERS)
+    except ValueError:
+        return None
+    return few + (more - few) * (layers - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0])
 
 
 def _share(config: RunConfiguration, machine: Machine) -> int:

@@ -16,6 +16,8 @@ STEPS = 16
 """Widths that are tried between one and its double, where heads divide it so finely."""
 LARGEST = 2**20
 """Width up to which shapes are tried."""
+MOST_SHARED = 2.0
+"""Times the preset's heads for each key-value head: a prime number of heads has one of these, or as many."""
 NEAR = (0, 1, -1, 2, -2, 3, -3)
 """Around a depth: a plan of tied depths fits some of them alone."""
 
@@ -35,13 +37,16 @@ class Family:
         hidden, rest = divmod(preset.hidden_size * heads, preset.num_heads)
         if rest or layers < 1:
             return None
+        shared = self._key_value_heads(heads)
+        if heads / shared > MOST_SHARED * preset.num_heads / preset.num_kv_heads:
+            return None
         inner = hidden * preset.intermediate_size / preset.hidden_size
         changes = {
             "num_layers": layers,
             "hidden_size": hidden,
             "intermediate_size": max(1, round(inner / self._multiple)) * self._multiple,
             "num_heads": heads,
-            "num_kv_heads": self._key_value_heads(heads),
+            "num_kv_heads": shared,
         }
         try:
             return ModelConfig.model_validate(preset.model_dump() | changes)

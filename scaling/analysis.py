@@ -10,6 +10,7 @@ import pandas as pd
 
 from scaling import decisions, frontier
 from scaling.candidates import SIZES
+from scaling.cells import AXES, cells_of, levels
 from scaling.columns import DIVERGED
 from scaling.fitting import fit
 from scaling.gates import select
@@ -18,14 +19,10 @@ from scaling.inputs import compute
 from scaling.laws import find
 from scaling.laws.law import Law
 from scaling.loss_laws import fit_losses, fit_rows
-from scaling.optima.cells import levels
 from scaling.optimum_laws import find_optima
 from scaling.results import Analysis, Fit, Verdict
 from scaling.table import RunTable
 
-APART = ("tokens", "unique_tokens", "streams", "recurrences", "once", "recurrent", "parent_tokens")
-TEXTS_APART = ("loss_kind", "data", "tokenizer")
-"""What a loss may depend on beside the size: runs that have it equal and differ in lr or batch are one cell."""
 ON_ROWS = ("critical_batch", "timescale")
 """Quantities that each run has a measurement of, in a column of that name."""
 GROWTH = "growth_tokens"
@@ -89,8 +86,7 @@ def analyse(
         held_out=(*losses.held_out, *optima.held_out),
         bowls=optima.bowls,
         decisions=tuple(
-            decisions.decide(each, fits, optima.bowls, constants=shared, far=far, stability=optima.stability, seed=seed)
-            for each in targets
+            decisions.decide(each, fits, optima.bowls, constants=shared, far=far, seed=seed) for each in targets
         ),
         frontier=_frontier(table.where(best), losses.fits, replicates, seed),
         provenance={**provenance, "options": options, "versions": versions(), "fingerprint": table.fingerprint},
@@ -137,12 +133,9 @@ def _with_diverged(table: RunTable, used: np.ndarray) -> RunTable:
 def best_of_cells(runs: RunTable, size: str) -> np.ndarray:
     """The runs that loss laws are fitted to, (rows,) of bool: of a cell in which lr or batch vary the best one, as a
     law of loss is of tuned runs; of any other cell all, as they are repetitions."""
-    numbers = {name: levels(runs.numbers(name)) for name in (size, *APART) if runs.has(name)}
-    texts = {name: pd.factorize(runs.frame[name])[0] for name in TEXTS_APART if runs.has(name)}
-    names = [*numbers, *texts]
-    settings = [levels(runs.numbers(name)) for name in ("lr", "batch_tokens") if runs.has(name)]
+    settings = [levels(runs.numbers(name)) for name in AXES if runs.has(name)]
     kept, loss = np.ones(len(runs), dtype=bool), runs.numbers("loss")
-    for rows in pd.DataFrame(numbers | texts).groupby(names).indices.values() if names else ():
+    for rows in cells_of(runs, size, tuned=True):
         if any(len(set(each[rows])) > 1 for each in settings):
             kept[rows] = False
             kept[rows[np.argmin(loss[rows])]] = True

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.frontier import levels
+from scaling.cells import levels
 from scaling.inputs import of_rows
 from scaling.laws import LAWS
 from scaling.laws.law import Inputs, Law

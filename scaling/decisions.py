@@ -1,16 +1,31 @@
-"""What fitted laws decide for a target: sizes, learning rate, batch and loss, their intervals and what they risk."""
+"""What laws decide: the sizes of a target, then learning rate, batch and loss of a run, with what they risk.
 
-from collections.abc import Mapping, Sequence
+fit, plan, "auto" values and the replay of `benchmarks/scaling_design.py` all decide here, and differ in what they do
+with a verdict of failure: nothing is proposed, or the command is refused.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from scaling import optima
-from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, reach
-from scaling.results import Bowl, Decision, Estimate, Fit, Plateau, Verdict
+from scaling.candidates import SIZES as COUNTS
+from scaling.cells import AXES
+from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, reach, value_at
+from scaling.results import Bowl, Decision, Estimate, Fit, Verdict
 from scaling.table import column_of
 
 SIZES = ("N", "D", "C")
+TOO_FAR = "failure", "extrapolation"
+NOTHING = Decision({}, {}, {}, math.nan, math.nan)
+
+
+def by_parameter(size: np.ndarray) -> np.ndarray:
+    """FLOPs of a token where nothing else is known of a model, (n,) of (n,)."""
+    return FLOPS * size
 
 
 def check(target: Mapping[str, float]) -> None:
@@ -32,7 +47,6 @@ def decide(
     *,
     constants: Mapping[str, float] = {},
     far: bool = False,
-    stability: Fit | None = None,
     seed: int = 0,
 ) -> Decision:
     """A proposal by the first law of each quantity that its data identify.
@@ -42,105 +56,152 @@ def decide(
     for a target that says too little.
     """
     check(target)
+    try:
+        found = sizes(fits, target)
+    except ValueError as error:
+        found = replace(NOTHING, verdicts=(Verdict("failure", "no_optimum", str(error)),))
+    if not found.proposal:
+        loss = law_for(fits, "loss")[0]
+        beyond = extrapolation([loss], target.get("C", math.nan)) if loss else math.nan
+        return replace(found, target=target, extrapolation=beyond)
+    columns = {column_of(name, name): value for name, value in target.items() if name not in SIZES}
+    known = {name: value for name, value in constants.items() if value > 0} | columns
+    try:
+        told = at_sizes(found, fits, bowls, known, far=far, seed=seed)
+    except ValueError as error:
+        told = at_sizes(found, fits, bowls, known, far=far, seed=seed, quantities=("loss",))
+        told = replace(told, verdicts=(*told.verdicts, Verdict("warning", "not_told", f"no lr or batch: {error}")))
+    told = replace(told, target=target)
+    if not is_too_far(told):
+        return told
+    refusal = "; nothing is proposed that far unless asked for"
+    said = [
+        replace(each, message=each.message + refusal) if (each.level, each.code) == TOO_FAR else each
+        for each in told.verdicts
+    ]
+    return Decision(target, {}, {}, math.nan, told.extrapolation, tuple(said))
+
+
+def is_too_far(found: Decision) -> bool:
+    """Whether a law is further from its data than is trusted."""
+    return any((each.level, each.code) == TOO_FAR for each in found.verdicts)
+
+
+def sizes(
+    fits: Sequence[Fit],
+    target: Mapping[str, float],
+    flops_of: Callable[[np.ndarray], np.ndarray] = by_parameter,
+) -> Decision:
+    """N and D of a target, as they were asked for or as they split the compute best.
+
+    `flops_of`: FLOPs of a token by size, (n,) of (n,). Nothing is proposed, and a failure says why, where the compute
+    cannot be split. ValueError for a law of loss that does not tell an optimum at all.
+    """
+    asked = {name: target[name] for name in SIZES if name in target}
     loss, missing = law_for(fits, "loss")
-    proposal, plateaus, regret, said = _sizes(target, loss, missing)
-    if not proposal:
-        return Decision(target, {}, {}, np.nan, _beyond(loss, target.get("C", np.nan)), tuple(said))
-    size, tokens = proposal["N"].value, proposal["D"].value
-    compute = target.get("C", FLOPS * size * tokens)
-    known = {"streams": 1.0, "recurrences": 1.0, "unique_tokens": tokens}
-    known |= {name: value for name, value in constants.items() if value > 0}
-    known |= {column_of(name, name): value for name, value in target.items() if name not in SIZES}
-    known |= {"N": size, "D": tokens, "C": compute}
-    settings, excess = [], 0.0
-    for quantity in ("lr", "batch_tokens"):
-        fit, without = law_for(fits, quantity)
-        settings += [fit] if fit else []
-        said += [each for each in without if each.code == "law"]
-    if settings:
-        found = _settings(known, settings, bowls, far, stability, seed)
-        said += found.verdicts
-        proposal |= {name: each for name, each in found.proposal.items() if name not in proposal}
-        plateaus |= found.plateau
-        regret, excess = _sum(regret, found.regret), found.excess
-    if loss is not None:
-        said += _reach(loss, compute, far)
+    if {"N", "D"} & set(asked):
+        n, d = target.get("N"), target.get("D")
+        if n is None:
+            n = _size_of(target["C"] / d, flops_of)
+        if d is None:
+            d = target["C"] / float(flops_of(np.array([n]))[0])
+        said = (
+            Verdict("warning", each.code, f"no loss is predicted: {each.message}")
+            for each in missing
+            if each.code == "law"
+        )
+        given = {"N": Estimate(n, n, n, 0.0), "D": Estimate(d, d, d, 0.0)}
+        return replace(NOTHING, target=asked, proposal=given, verdicts=tuple(said))
+    if loss is None:
+        return replace(NOTHING, target=asked, verdicts=missing)
+    found = allocate(loss, target["C"], flops_of)
+    if any(each.level == "failure" for each in found.verdicts):
+        return replace(NOTHING, target=asked, verdicts=found.verdicts)
+    proposal, plateaus = {"N": found.N, "D": found.D}, {"N": found.plateau}
+    return Decision(asked, proposal, plateaus, found.regret, math.nan, found.verdicts)
+
+
+def at_sizes(
+    found: Decision, fits: Sequence[Fit], bowls: Sequence[Bowl], known: Mapping[str, float] = {}, **options: Any
+) -> Decision:
+    """`settle` for a run of which the sizes are known, and these columns: all counts of its parameters are N, and it
+    costs 6 N D unless C was asked for."""
+    size, tokens = found.proposal["N"].value, found.proposal["D"].value
+    compute = found.target.get("C", FLOPS * size * tokens)
+    flops = {"flops": compute, "flops_without_head": compute, "flops_per_token": compute / tokens}
+    usual = {"streams": 1.0, "recurrences": 1.0, "unique_tokens": tokens}
+    columns = usual | dict(known) | dict.fromkeys(COUNTS, size) | {"tokens": tokens} | flops
+    return settle(found, fits, bowls, columns, **options)
+
+
+def settle(
+    found: Decision,
+    fits: Sequence[Fit],
+    bowls: Sequence[Bowl],
+    known: Mapping[str, float],
+    *,
+    far: bool = False,
+    quantities: Sequence[str] = (*AXES, "loss"),
+    seed: int = 0,
+) -> Decision:
+    """A decision of sizes with learning rate, batch and loss of a run of these columns (`scaling.columns`).
+
+    A batch among `known` is kept, and the rate follows it. A law that is not identified is a failure of code "law";
+    one that is further from its data than is trusted, of code "extrapolation", with `far` a warning. ValueError for a
+    column that a law of lr or batch needs and that is not known.
+    """
+    known = {name: float(each) for name, each in known.items() if each > 0 and name != "lr"}
+    laws, said = {}, list(found.verdicts)
+    for name in quantities:
+        fit, missing = law_for(fits, name)
+        laws |= {name: fit} if fit else {}
+        said += [each for each in missing if each.code == "law" and name in AXES]
+    settings = [laws[name] for name in AXES if name in laws]
+    compute = known.get("flops", math.nan)
+    judged = reach(list(laws.values()), compute)
+    said += [replace(each, level="warning") for each in judged] if far else judged
+    best = _settings(settings, bowls, known, law_for(fits, "max_lr")[0], seed) if settings else NOTHING
+    said += [each for each in best.verdicts if each.code != "extrapolation"]
+    proposal = dict(found.proposal) | {name: best.proposal[name] for name in AXES if name in best.proposal}
+    if "loss" in laws:
+        settled = {name: each.value for name, each in proposal.items() if name in AXES}
         try:
-            columns = {column_of(name, loss.size): value for name, value in known.items()}
-            settled = {name: each.value for name, each in proposal.items() if name in ("lr", "batch_tokens")}
-            proposal["loss"] = loss_at(loss, {**columns, **settled}, excess)
+            proposal["loss"] = loss_at(laws["loss"], known | settled, best.excess)
         except ValueError as error:
             said.append(Verdict("warning", "not_told", f"no loss is predicted: {error}"))
-    beyond = np.nanmax([_beyond(fit, compute) for fit in (loss, *settings)], initial=-np.inf)
-    refused = any(each.level == "failure" and each.code == "extrapolation" for each in said)
-    if refused:
-        proposal, plateaus, regret, excess = {}, {}, np.nan, 0.0
-    return Decision(target, proposal, plateaus, regret, float(beyond) if beyond > 0 else np.nan, tuple(said), excess)
-
-
-def _sizes(
-    target: Mapping[str, float], loss: Fit | None, missing: Sequence[Verdict]
-) -> tuple[dict[str, Estimate], dict[str, Plateau], float, list[Verdict]]:
-    """N and D as they were asked for, or as they split the compute best. `missing` says why there is no law of loss."""
-    given = {name: target[name] for name in ("N", "D") if name in target}
-    if len(given) == 1:
-        other = "D" if "N" in given else "N"
-        given[other] = target["C"] / (FLOPS * next(iter(given.values())))
-    if given:
-        return (
-            {name: Estimate(given[name], given[name], given[name], 0.0) for name in "ND"},
-            {},
-            np.nan,
-            _left_out(missing),
-        )
-    if loss is None:
-        return {}, {}, np.nan, list(missing)
-    try:
-        found = allocate(loss, target["C"])
-    except ValueError as error:
-        return {}, {}, np.nan, [Verdict("failure", "no_optimum", str(error))]
-    said = list(found.verdicts)
-    if any(each.level == "failure" for each in said):
-        return {}, {}, np.nan, said
-    return {"N": found.N, "D": found.D}, {"N": found.plateau}, found.regret, said
-
-
-def _left_out(missing: Sequence[Verdict]) -> list[Verdict]:
-    """A warning that no loss is predicted by a law that is not identified."""
-    return [
-        Verdict("warning", each.code, f"no loss is predicted: {each.message}") for each in missing if each.code == "law"
-    ]
+    if len({fit.size for fit in laws.values()}) > 1 and len({known.get(name) for name in COUNTS}) == 1:
+        counts = ", ".join(f"{name} by {fit.size}" for name, fit in laws.items())
+        message = f"the laws count parameters differently ({counts}), and here the counts are taken as equal"
+        said.append(Verdict("warning", "size", message))
+    regrets = [each for each in (found.regret, best.regret) if math.isfinite(each)]
+    return Decision(
+        found.target,
+        proposal,
+        dict(found.plateau) | dict(best.plateau),
+        math.fsum(regrets) if regrets else math.nan,
+        extrapolation(list(laws.values()), compute),
+        tuple(said),
+        best.excess,
+    )
 
 
 def _settings(
-    known: Mapping[str, float],
-    fits: Sequence[Fit],
-    bowls: Sequence[Bowl],
-    far: bool,
-    stability: Fit | None,
-    seed: int,
+    laws: Sequence[Fit], bowls: Sequence[Bowl], known: Mapping[str, float], stability: Fit | None, seed: int
 ) -> Decision:
-    """Learning rate and batch; what a law reads and nothing tells is said in a verdict."""
-    try:
-        return optima.decide(known, fits, bowls, far=far, stability=stability, seed=seed)
-    except ValueError as error:
-        return Decision(known, {}, {}, np.nan, np.nan, (Verdict("warning", "not_told", f"no lr or batch: {error}"),))
+    """Learning rate and batch, by the bowls where the laws are of runs. A published law has no draws, or the run may
+    have no length: then they are the laws' values."""
+    if {"tokens", "flops"} <= set(known) and all(len(each.draws) and math.isfinite(each.noise) for each in laws):
+        target = dict(known) | {"N": known[laws[0].size], "D": known["tokens"], "C": known["flops"]}
+        return optima.decide(target, laws, bowls, far=True, stability=stability, seed=seed)
+    proposal, given = {}, dict(known)
+    for fit in reversed(laws):  # a law of the rate may be one of the batch too
+        if fit.quantity not in known:
+            proposal[fit.quantity] = value_at(fit, given)
+            given.setdefault(fit.quantity, proposal[fit.quantity].value)
+    return replace(NOTHING, proposal=proposal)
 
 
-def _reach(loss: Fit, compute: float, far: bool) -> list[Verdict]:
-    """How far the law of loss is extrapolated; where it was asked for, a refusal becomes a warning."""
-    found = reach([loss], compute)
-    if far:
-        return [replace(each, level="warning") for each in found]
-    refusal = "; nothing is proposed that far unless asked for"
-    return [replace(each, message=each.message + refusal) if each.level == "failure" else each for each in found]
-
-
-def _beyond(fit: Fit | None, compute: float) -> float:
-    return np.nan if fit is None else extrapolation([fit], compute)
-
-
-def _sum(*values: float) -> float:
-    """Of those that are known; NaN if none is."""
-    finite = [each for each in values if np.isfinite(each)]
-    return float(sum(finite)) if finite else np.nan
+def _size_of(flops: float, flops_of: Callable[[np.ndarray], np.ndarray]) -> float:
+    """The size at which a token costs so many FLOPs, which rise with it."""
+    grid = np.geomspace(1.0, flops, 4001)
+    return float(np.exp(np.interp(math.log(flops), np.log(flops_of(grid)), np.log(grid))))

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scaling.cells import SAME, grouped, levels
 from scaling.results import Estimate, Fit, Verdict
 
 SAME_COMPUTE = 0.1
 """Width in ln C of a group of runs of equal compute."""
-SAME_SIZE = 0.02
-"""Largest gap in ln N between runs of equal size; streams and prefixes add up to 2 %."""
 LEAST_SIZES = 5
 """Sizes that a parabola in ln N is drawn through: two more than it has coefficients."""
 CURVE_POINTS = 1500
@@ -129,7 +128,7 @@ def envelope(
 
     drawable = len(ln_l) if curve is not None else len(ln_c)
     which, place = lowest(np.ones(drawable, dtype=bool))
-    if len(place) < 3 or np.ptp(ln_n[which, place]) < SAME_SIZE:
+    if len(place) < 3 or np.ptp(ln_n[which, place]) < SAME:
         return None
     generator = np.random.default_rng(seed)
     slopes = [_lines(ln_c[place], ln_n[which, place], ln_d[which, place])]
@@ -167,15 +166,6 @@ def of_law(fit: Fit) -> Frontier | None:
     return Frontier("law", size, data, ())
 
 
-def levels(values: np.ndarray, gap: float = SAME_SIZE) -> np.ndarray:
-    """A number for each value, (n,) of int, the same where the logarithms are nowhere more than `gap` apart."""
-    order = np.argsort(values, kind="stable")
-    ends = np.diff(np.log(values[order]), prepend=-np.inf) > gap
-    found = np.empty(len(values), dtype=int)
-    found[order] = np.cumsum(ends) - 1
-    return found
-
-
 def budgets(
     compute: np.ndarray, size: np.ndarray, *, width: float = SAME_COMPUTE, least: int = LEAST_SIZES
 ) -> np.ndarray:
@@ -186,7 +176,7 @@ def budgets(
     """
     if not len(compute):
         return np.empty(0, dtype=int)
-    runs = len(np.unique(np.stack([levels(compute), levels(size)]), axis=1).T)
+    runs = int(grouped([levels(compute), levels(size)]).max()) + 1
     span = np.ptp(np.log(compute))
     chance = runs * width / span if span > 2 * width else 0.0
     least = max(least, int(chance + 2 * np.sqrt(chance)) + 1)

@@ -122,11 +122,11 @@ def _cut(table: RunTable, kept: np.ndarray) -> list[Verdict]:
 
 
 def _labelled(labels: np.ndarray, kept: np.ndarray) -> list[Verdict]:
-    """What was noticed while reading runs that are kept, with counts."""
+    """A note of what was noticed while reading runs that are kept, with counts."""
     counts = Counter(each for text in labels[kept] if text for each in text.split("; "))
     if not counts:
         return []
     told = [f"{count} x {label}" for label, count in counts.most_common(SHOWN)]
     more = f", and {len(counts) - SHOWN} other labels" if len(counts) > SHOWN else ""
     labelled = sum(bool(text) for text in labels[kept])
-    return [Verdict("warning", "labels", f"{labelled} of the runs that are kept have labels: {', '.join(told)}{more}")]
+    return [Verdict("ok", "labels", f"{labelled} of the runs that are kept have labels: {', '.join(told)}{more}")]

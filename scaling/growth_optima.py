@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from scaling.frontier import SAME_COMPUTE, levels, parabola
+from scaling.cells import grouped, levels
+from scaling.frontier import SAME_COMPUTE, parabola
 from scaling.inputs import compute
 from scaling.laws.law import Inputs
 from scaling.table import RunTable
@@ -22,10 +23,9 @@ def growth_optima(table: RunTable, used: np.ndarray, size: str) -> tuple[Inputs,
     grown, total, loss = table.numbers("parent_tokens"), compute(table, size), table.numbers("loss")
     rows = used & (grown > 0) & np.isfinite(total) & (table.numbers(size) > 0) & (loss > 0)
     grown, total, loss, sizes = grown[rows], total[rows], loss[rows], table.numbers(size)[rows]
-    cells = np.stack([levels(sizes), levels(total, SAME_COMPUTE)])
+    cell = grouped([levels(sizes), levels(total, SAME_COMPUTE)]) if rows.any() else np.empty(0, dtype=int)
     found = []
-    for cell in np.unique(cells, axis=1).T:
-        own = (cells == cell[:, None]).all(axis=0)
+    for own in (cell == each for each in np.unique(cell)):
         if len(set(levels(grown[own]))) < LEAST_TIMES:
             continue
         vertex = parabola(np.log(grown[own]), np.log(loss[own]), np.ones((1, int(own.sum()))))[0][0]

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from scaling.candidates import Candidate
-from scaling.fitting.levenberg import minimise
+from scaling.cells import levels
+from scaling.clusters import standard_error
+from scaling.fitting.levenberg import Solutions, minimise
 from scaling.fitting.objective import Huber, Objective, spread
 from scaling.fitting.starts import draw
-from scaling.frontier import levels
 from scaling.laws import find
 from scaling.results import HeldOut
 
@@ -20,12 +22,18 @@ TESTED = 3
 """Rows that are held out at the largest N, at least."""
 FOLDS = 6
 """Sizes are held out one by one up to so many, and in so many groups of neighbours beyond."""
-MANY = 1000
+MANY = 200
 """Rows, beyond which sizes amid others are no longer held out: it takes long and tells little of extrapolation."""
 BEST = 3
 """Solutions that a fit returns: different starts may lead to different valleys."""
+RACE, GO_ON = 15, 4
+"""Steps that all starts take, and how many different ones of the best go on from there: most starts are hopeless, and
+crawl longest."""
+DIFFERENT = 1e-4
+"""Of ln of the loss: solutions whose predictions differ by less, root mean square, are one."""
 NEAR = 0.25
 """Median error at the trained runs, within which the published law's loss counts as in the same units."""
+PUBLISHED_LAW = "published chinchilla"
 PUBLISHED = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 """Chinchilla, in nats for each token of its own data (Besiroglu et al. 2024, arXiv 2404.10102)."""
 
@@ -71,7 +79,7 @@ def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
 def solve(
     candidate: Candidate, y: np.ndarray, *, objective: Objective | None = None, starts: int = 48, seed: int = 0
 ) -> np.ndarray:
-    """Best parameter vectors of a fit to all rows (`BEST`, K), the best first. y (n,) is the loss."""
+    """Best parameter vectors of a fit to all rows (at most `BEST`, K), the best first. y (n,) is the loss."""
     begin = draw(candidate.law, candidate.x, np.log(y), starts, seed)
     return _descend(candidate, candidate.x, np.log(y), begin, objective)
 
@@ -84,19 +92,23 @@ def held_out(
     objective: Objective | None = None,
     starts: int = 16,
     seed: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, tuple[HeldOut, np.ndarray]]:
-    """Each split's measures, and the tested rows' predicted / measured - 1. y (n,) is the loss.
+    """Each split's measures, and the tested rows' predicted / measured - 1. y (n,) is the loss, `clusters` (n,) labels
+    rows that err together.
 
     A split is fitted to its own training rows alone, and nothing that it starts from has seen others: it begins from
-    `starts` drawn for these rows, and from the solutions of splits that train on some of the same rows and no others.
+    `starts` drawn for these rows, and from the solutions of splits that train on some of the same rows and no others;
+    where there are such, half as many are drawn.
     The intervals for the coverage are of the residuals' spread and of the parameters' covariance by the Jacobian.
     """
     law, target, free = candidate.law, np.log(y), np.isnan(_fixed(candidate))
     solved: list[tuple[Split, np.ndarray]] = []
     for split in sorted(splits, key=lambda each: int(each.train.sum())):
         own = {symbol: values[split.train] for symbol, values in candidate.x.items()}
-        within = [best[:1] for other, best in solved if not (other.train & ~split.train).any()]
-        begin = np.vstack([draw(law, own, target[split.train], starts, seed), *within])
+        within = [best for other, best in solved if not (other.train & ~split.train).any()]
+        drawn = draw(law, own, target[split.train], starts // 2 if within else starts, seed)
+        begin = np.vstack([drawn, *within])
         solved.append((split, _descend(candidate, own, target[split.train], begin, objective)))
     best = {split.name: solutions[:1] for split, solutions in solved}
     results = {}
@@ -105,12 +117,21 @@ def held_out(
         half_width = _half_width(jacobian[0][:, free], target - log[0], split)
         errors = np.exp(log[0] - target)[split.test] - 1
         inside = np.abs(log[0] - target)[split.test] <= half_width
-        results[split.name] = measures(law.name, candidate.size, split, errors, float(inside.mean()), y), errors
+        results[split.name] = (
+            measures(law.name, candidate.size, split, errors, float(inside.mean()), y, clusters),
+            errors,
+        )
     return results
 
 
 def baselines(
-    y: np.ndarray, compute: np.ndarray, x: Mapping[str, np.ndarray], splits: tuple[Split, ...], *, published: bool
+    y: np.ndarray,
+    compute: np.ndarray,
+    x: Mapping[str, np.ndarray],
+    splits: tuple[Split, ...],
+    *,
+    published: bool,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, dict[str, tuple[HeldOut, np.ndarray]]]:
     """The same, by name of the baseline, of what no fit is needed for: the loss of the trained run of most compute, a
     power of C alone, and, where the loss is in its units, the published Chinchilla law."""
@@ -127,23 +148,30 @@ def baselines(
             law = find("chinchilla")
             values = law.log_value(law.coordinates(PUBLISHED)[None], {"N": x["N"], "D": x["D"]})[0]
             if np.median(np.abs(np.exp(values) / y - 1)) < NEAR:
-                predicted.setdefault("published chinchilla", {})[split.name] = np.exp(values)
+                predicted.setdefault(PUBLISHED_LAW, {})[split.name] = np.exp(values)
     results: dict[str, dict[str, tuple[HeldOut, np.ndarray]]] = {}
     for name, by_split in predicted.items():
         for split in splits:
             if split.name in by_split:
                 errors = (by_split[split.name] / y)[split.test] - 1
-                measured = measures(name, "", split, errors, float("nan"), y)
+                measured = measures(name, "", split, errors, float("nan"), y, clusters)
                 results.setdefault(name, {})[split.name] = measured, errors
     return results
 
 
-def measures(law: str, size: str, split: Split, errors: np.ndarray, coverage: float, y: np.ndarray) -> HeldOut:
-    """Of predicted / measured - 1 of the tested rows, and the loss y of all rows. The standard error of one row is its
-    error."""
+def measures(
+    law: str,
+    size: str,
+    split: Split,
+    errors: np.ndarray,
+    coverage: float,
+    y: np.ndarray,
+    clusters: np.ndarray | None,
+) -> HeldOut:
+    """Of predicted / measured - 1 of the tested rows, and the loss y of all rows, whose clusters err together."""
     measured = y[split.test]
     absolute = np.abs(errors)
-    se = absolute.std(ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else absolute[0]
+    se = standard_error(absolute, (np.arange(len(y)) if clusters is None else clusters)[split.test])
     return HeldOut(
         law, size, split.name, int(split.train.sum()), len(errors), float(absolute.mean()), float(se),
         float(errors.mean()), coverage, tuple(measured.tolist()), tuple((measured * (1 + errors)).tolist()),
@@ -157,14 +185,24 @@ def _descend(
     begin: np.ndarray,
     objective: Objective | None,
 ) -> np.ndarray:
-    """The best solutions, (`BEST`, K), that the starts (S, K) lead to on rows with this ln of the loss, (n,)."""
+    """The best solutions, (at most `BEST`, K), that starts (S, K) lead to on rows with this ln of the loss, (n,)."""
     fixed = _fixed(candidate)
     free = np.isnan(fixed)
-    found = minimise(
-        candidate.law, x, target, np.where(free, begin, fixed), objective or Huber(), free=free, tolerance=1e-7,
-        iterations=150,
-    )  # fmt: skip
-    return found.coordinates[np.argsort(found.objective, kind="stable")[:BEST]]
+    step = partial(minimise, candidate.law, x, target, objective=objective or Huber(), free=free)
+    raced = step(starts=np.where(free, begin, fixed), tolerance=1e-3, iterations=RACE)
+    found = step(starts=raced.coordinates[_different(raced, GO_ON)], tolerance=1e-7, iterations=150)
+    return found.coordinates[_different(found, BEST)]
+
+
+def _different(found: Solutions, count: int) -> list[int]:
+    """At most so many of the solutions, the best first, that predict differently."""
+    order = np.argsort(found.objective, kind="stable")
+    chosen = [int(order[0])]
+    for each in order[1:]:
+        apart = found.residuals[chosen] - found.residuals[each]
+        if len(chosen) < count and (np.sqrt((apart**2).mean(axis=1)) > DIFFERENT).all():
+            chosen.append(int(each))
+    return chosen
 
 
 def _fixed(candidate: Candidate) -> np.ndarray:

@@ -43,10 +43,13 @@ class LawsFile(Analysis):
 
 
 def write(path: str | Path, analysis: Analysis) -> None:
-    """Write laws.json, whole or not at all. ValueError where the file cannot be written."""
+    """Write laws.json, whole or not at all. ValueError where the file cannot be written, or could not be read again,
+    with the field that is wrong."""
     known = {name: _plain(getattr(analysis, name)) for name in _names(Analysis) if name != "table"}
     contents = {"format": FORMAT, "version": VERSION, **known, "table": _plain_table(analysis)}
-    _write_whole(Path(path), _layout(contents))
+    text = _layout(contents)
+    _read(text, f"{path} is not written, for it could not be read")
+    _write_whole(Path(path), text)
 
 
 def read(path: str | Path) -> LawsFile:
@@ -55,14 +58,22 @@ def read(path: str | Path) -> LawsFile:
         text = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read the laws file {path}: {error.strerror}") from None
+    return LawsFile(**_read(text, str(path)), path=str(path), sha256=hashlib.sha256(text).hexdigest())
+
+
+def _read(text: str | bytes, where: str) -> dict[str, Any]:
+    """The fields of an analysis. ValueError for a text that does not tell them, which begins with `where`."""
     try:
         found = _schema().model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_wrong(error)}") from None
+        raise ValueError(f"{where}: {_wrong(error)}") from None
     known = {name: getattr(found, name) for name in _names(Analysis)}
-    if len(known["used"]) != len(known["table"]):
-        raise ValueError(f"{path}: used has {len(known['used'])} entries for {len(known['table'])} rows of the table")
-    return LawsFile(**known, path=str(path), sha256=hashlib.sha256(text).hexdigest())
+    rows = len(known["table"])
+    if len(known["used"]) != rows:
+        raise ValueError(f"{where}: used has {len(known['used'])} entries for {rows} rows of the table")
+    if beyond := [row for row in known["fitted"] if not 0 <= row < rows]:
+        raise ValueError(f"{where}: fitted names row {beyond[0]}, and the table has {rows} rows")
+    return known
 
 
 # Writing.

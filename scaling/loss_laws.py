@@ -1,12 +1,12 @@
 """The laws of loss of a table: the one that tells held-out runs best, and the next; or those that are asked for."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 
 from scaling.candidates import find_candidates, with_defaults
+from scaling.clusters import clusters_of
 from scaling.fitting import fit
 from scaling.inputs import of_rows
 from scaling.laws import LAWS, find
@@ -18,8 +18,6 @@ from scaling.table import RunTable, column_of
 COMPARED = 2
 """Laws that are fitted where none is asked for: the chosen one, and the next by held-out error. Of all others the
 hold-out is told."""
-KEPT = ("total", "non_embedding", "active", "lr", "batch_tokens", "seed")
-"""What is equal along a run."""
 FEWER_STARTS, FEWER_REPLICATES = 24, 100
 """Of a law behind one that these runs identify: it is there to compare with."""
 
@@ -163,30 +161,3 @@ def fit_rows(runs: RunTable, law: Law, sizes: Sequence[str], replicates: int, se
     left = int((~kept).sum())
     said = Verdict("warning", "left_out", f"{left} of {len(runs)} rows do not tell {', '.join(columns)}")
     return replace(found, verdicts=(*found.verdicts, said)) if left else found
-
-
-def clusters_of(runs: RunTable) -> np.ndarray:
-    """A number for each row, equal for checkpoints of one run and for runs that go on from one ancestor, (rows,).
-
-    Rows of one name are one run only if they are equal in what a run keeps: a name may be that of a family of runs.
-    """
-    if not runs.has("run"):
-        return np.arange(len(runs))
-    names = runs.frame["run"].astype(object).where(runs.frame["run"].notna(), None).tolist()
-    kept = [runs.numbers(name) for name in KEPT if runs.has(name)]
-    own = list(zip(names, *(each.tolist() for each in kept), strict=True))
-    first = {name: place for place, name in reversed(list(enumerate(names)))}
-    parents = runs.frame["parent"].tolist() if runs.has("parent") else [None] * len(runs)
-
-    def root(place: int) -> Hashable:
-        seen = {place}
-        while not pd.isna(parents[place]):
-            above = first.get(parents[place])
-            if above is None or above in seen:
-                return ("parent", parents[place])
-            place = above
-            seen.add(place)
-        return place if names[place] is None else tuple(str(each) for each in own[place])
-
-    number: dict[Hashable, int] = {}
-    return np.array([number.setdefault(root(place), len(number)) for place in range(len(runs))])

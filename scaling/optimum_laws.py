@@ -35,9 +35,12 @@ class OptimumLaws:
     verdicts: tuple[Verdict, ...] = ()
 
 
-def find_optima(table: RunTable, size: str, asked: Sequence[Law], replicates: int, seed: int) -> OptimumLaws:
-    """Bowls and laws of these runs, the diverged ones among them. ValueError for a law that is asked for and whose
-    columns are not there; what cannot be told otherwise is said in a verdict."""
+def find_optima(
+    table: RunTable, size: str, asked: Sequence[Law], replicates: int, seed: int, checks: bool = True
+) -> OptimumLaws:
+    """Bowls and laws of these runs, the diverged ones among them. With `checks` the chosen laws are compared with those
+    by other windows and methods. ValueError for a law that is asked for and whose columns are not there; what cannot be
+    told otherwise is said in a verdict."""
     bowls: tuple[Bowl, ...] = ()
     if table.has(size) and table.has("tokens") and (table.has("lr") or table.has("batch_tokens")):
         bowls = tuple(each for each in find_bowls(table, size) if each.lr or each.batch_tokens)
@@ -57,7 +60,7 @@ def find_optima(table: RunTable, size: str, asked: Sequence[Law], replicates: in
         ranked, measured = _ranked(found, quantity, size)
         held_out += measured
         fits += [
-            fit_optima(table, name, size=size, replicates=replicates, seed=seed, checks=not place)
+            fit_optima(table if checks and not place else bowls, name, size=size, replicates=replicates, seed=seed)
             for place, name in enumerate(ranked)
         ]
     stability = fit_stability(table, size, seed=seed) if bowls and table.has("lr") else None
@@ -70,7 +73,8 @@ def _few(quantity: str, count: int) -> Verdict:
 
 
 def _asked(table: RunTable, law: Law, size: str, bowls: Sequence[Bowl], replicates: int, seed: int) -> Fit:
-    """A law that was asked for: of the optima of cells, or where no cell varies of the runs as they are."""
+    """A law that was asked for: of the optima of cells, or where no cell varies of the runs as they are, which a table of
+    tuned runs may mean."""
     if any(getattr(each, law.quantity) is not None for each in bowls):
         return fit_optima(table, law, size=size, replicates=replicates, seed=seed)
     found = fit_rows(table, law, (size,), replicates, seed)

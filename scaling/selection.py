@@ -7,15 +7,18 @@ import numpy as np
 from scipy.stats import chi2
 
 from scaling.candidates import SIZES, Candidate, find_candidates, with_defaults
+from scaling.clusters import clusters_of, standard_error
 from scaling.fitting.levenberg import minimise
 from scaling.fitting.objective import Huber, spread
-from scaling.holdout import Split, baselines, held_out, make_splits, solve
+from scaling.holdout import PUBLISHED_LAW, Split, baselines, held_out, make_splits, solve
 from scaling.laws.nesting import NESTINGS
 from scaling.results import HeldOut, Verdict
 from scaling.table import RunTable
 
 OTHER_UNITS = ("bit", "bpc", "bpb", "byte", "character")
 """In a loss kind: it is not in nats for each token."""
+SURE = 2.0
+"""Standard errors by which a naive baseline has to be better to say that the laws are no good."""
 ROWS_FOR_EACH = 2
 """Training rows for each free parameter that each split that counts needs: with fewer a law can bend to the noise of
 the rows, and its prediction beyond them is luck."""
@@ -80,21 +83,25 @@ def choose(
             f"{len(y)} runs of {len(set(x['N']))} sizes are too few to hold any out; at least 4 are needed"
         )
     counted = [each for each in splits if each.extrapolates] or splits
-    counting = [each.name for each in counted]
+    counting, clusters = [each.name for each in counted], clusters_of(kept)
     candidates, too_few = _with_enough_rows(candidates, counted)
     scores, measured, solutions = [], [], {}
+    names = {each.law.name for each in candidates}
+    nested = {name for pair in NESTINGS if {pair.smaller, pair.larger} <= names for name in (pair.smaller, pair.larger)}
     for candidate in candidates:
-        best = solve(candidate, y, starts=starts, seed=seed)
-        results = held_out(candidate, y, splits, seed=seed)
-        solutions[candidate.law.name, candidate.size] = candidate, best
-        scores.append(_score(results, counting, candidate.free, dict(candidate.fixed)))
+        results = held_out(candidate, y, splits, seed=seed, clusters=clusters)
+        if candidate.law.name in nested:
+            best = solve(candidate, y, starts=starts, seed=seed)
+            solutions[candidate.law.name, candidate.size] = candidate, best
+        scores.append(_score(results, counted, clusters, candidate.free, dict(candidate.fixed)))
         measured += [each for each, _ in results.values()]
-    for results in baselines(y, x["C"], x, splits, published=_in_nats(kept)).values():
-        scores.append(_score(results, counting, 0, {}))
+    for results in baselines(y, x["C"], x, splits, published=_in_nats(kept), clusters=clusters).values():
+        scores.append(_score(results, counted, clusters, 0, {}))
         measured += [each for each, _ in results.values()]
     ranked = tuple(sorted(scores, key=lambda score: score.error))
     chosen, reasons = one_standard_error(ranked, counting)
-    verdicts = (*reasons, *compare_sizes(ranked), *compare_nested(solutions, ranked, y), *too_few, *verdicts)
+    naive = compare_baselines(chosen, ranked, measured, counted, clusters)
+    verdicts = (*reasons, *naive, *compare_sizes(ranked), *compare_nested(solutions, ranked, y), *too_few, *verdicts)
     return Choice(chosen.law, chosen.size, chosen.fixed, ranked, tuple(measured), rows, verdicts)
 
 
@@ -125,11 +132,42 @@ def one_standard_error(ranked: Sequence[Score], counting: Sequence[str]) -> tupl
     told = f"{_named(chosen)} errs by {_percent(chosen)} on {where}"
     if chosen is not best:
         told += f", within one standard error of {_named(best)} ({_percent(best)}) with fewer parameters or as many"
-    verdicts = [Verdict("ok", "chosen", told)]
-    if (naive := ranked[0]).is_baseline:
-        message = f"the baseline {naive.law!r} errs by {_percent(naive)}, less than any law: do not rely on these laws"
-        verdicts.append(Verdict("warning", "baseline", message))
-    return chosen, tuple(verdicts)
+    return chosen, (Verdict("ok", "chosen", told),)
+
+
+def compare_baselines(
+    chosen: Score, ranked: Sequence[Score], measured: Sequence[HeldOut], counted: Sequence[Split], clusters: np.ndarray
+) -> tuple[Verdict, ...]:
+    """What is to be said of baselines that err less than the chosen law on these splits.
+
+    A naive one that does by more than the noise of the difference, row by row, is a warning. A published law is none
+    of these: it tells that these runs need no law of their own, unless it was fitted to them and has seen the rows.
+    """
+    found = {(each.law, each.size, each.split): each for each in measured}
+
+    def errors(score: Score, split: Split) -> np.ndarray:
+        each = found[score.law, score.size, split.name]
+        return np.abs(np.array(each.predicted) / np.array(each.measured) - 1)
+
+    verdicts = []
+    for each in ranked:
+        if not each.is_baseline or each.error >= chosen.error:
+            continue
+        splits = [split for split in counted if (each.law, each.size, split.name) in found]
+        gained, noise = _mean([errors(chosen, split) - errors(each, split) for split in splits], splits, clusters)
+        if each.law == PUBLISHED_LAW:
+            message = f"{each.law} errs by {_percent(each)}: these runs add nothing to it, or it was fitted to them"
+            verdicts.append(Verdict("ok", "published", message))
+        elif gained > SURE * noise:
+            message = (
+                f"the baseline {each.law!r} errs by {_percent(each)}, {100 * gained:.2g} +- {100 * noise:.2g} % less "
+                f"than {_named(chosen)}: do not rely on these laws"
+            )
+            verdicts.append(Verdict("warning", "baseline", message))
+        else:
+            message = f"the baseline {each.law!r} errs by {_percent(each)}, within the noise of {_named(chosen)}"
+            verdicts.append(Verdict("ok", "baseline", message))
+    return tuple(verdicts)
 
 
 def compare_sizes(ranked: Sequence[Score]) -> tuple[Verdict, ...]:
@@ -194,14 +232,25 @@ def likelihood_ratio(
     return max(0.0, 2 * float((np.abs(theirs) < objective.delta).sum() / (psi**2).sum()) * gain)
 
 
-def _score(results: dict, counting: Sequence[str], parameters: int, fixed: dict[str, float]) -> Score:
-    """The mean over splits. Its standard error is from those of the splits or from how they differ, if that is more."""
-    counted = [results[name][0] for name in counting if name in results]
-    errors = np.array([each.error for each in counted])
-    error, se = float(errors.mean()), float(np.sqrt(np.sum([each.error_se**2 for each in counted])) / len(counted))
-    if len(errors) > 2:
-        se = max(se, float(errors.std(ddof=1) / np.sqrt(len(errors))))
-    return Score(counted[0].law, counted[0].size, parameters, error, se, fixed)
+def _score(
+    results: dict, counted: Sequence[Split], clusters: np.ndarray, parameters: int, fixed: dict[str, float]
+) -> Score:
+    known = [split for split in counted if split.name in results]
+    error, se = _mean([np.abs(results[split.name][1]) for split in known], known, clusters)
+    first = results[known[0].name][0]
+    return Score(first.law, first.size, parameters, error, se, fixed)
+
+
+def _mean(values: Sequence[np.ndarray], splits: Sequence[Split], clusters: np.ndarray) -> tuple[float, float]:
+    """The mean over splits of their means over tested rows, and its standard error: by clusters, of which one may be
+    tested in several splits, or by how the splits differ, if that is more."""
+    means = np.array([each.mean() for each in values])
+    weights = np.concatenate([np.full(len(each), 1 / len(each)) for each in values])
+    tested = np.concatenate([clusters[split.test] for split in splits])
+    se = standard_error(np.concatenate(values), tested, weights)
+    if len(means) > 2:
+        se = max(se, float(means.std(ddof=1) / np.sqrt(len(means))))
+    return float(means.mean()), se
 
 
 def _in_nats(table: RunTable) -> bool:

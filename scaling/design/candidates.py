@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scaling.design.posterior import Belief
-from scaling.design.runs import FLOPS, SAME_TOKENS, Runs
+from scaling.design.runs import FLOPS, NEAR, Runs
 
 RATE_STEP, BATCH_STEP = np.log(2) / 2, np.log(2)
 RATE_WIDTH, BATCH_WIDTH = np.log(4), np.log(8)
@@ -28,7 +28,7 @@ def lattice(belief: Belief, targets: Sequence[tuple[float, float]], budget_flops
     Tokens go on from the most that were run by doubling, up to the most asked for. Runs of the table are left out.
     """
     ran, asked = belief.runs, np.array(targets, dtype=float).reshape(-1, 2)
-    sizes = np.unique(np.r_[ran.N, asked[:, 0]])
+    sizes = _apart(np.r_[ran.N, asked[:, 0]])
     most = ran.D.max()
     doubled = most * 2.0 ** np.arange(1, 1 + max(0, int(np.log2(max(asked[:, 1].max() / most, 1.0)))))
     tokens = _apart(np.r_[belief.D, doubled, asked[:, 1]])
@@ -63,7 +63,7 @@ def repeats(candidates: Runs, ran: Runs) -> np.ndarray:
     """(n,) of bool: candidates that were run, whatever came of it."""
     result = np.zeros(len(candidates), dtype=bool)
     for N, D, lr, batch in zip(ran.N, ran.D, ran.lr, ran.batch_tokens, strict=True):
-        same = (candidates.N == N) & (np.abs(np.log(candidates.D / D)) <= SAME_TOKENS)
+        same = np.maximum(np.abs(np.log(candidates.N / N)), np.abs(np.log(candidates.D / D))) <= NEAR
         near = np.maximum(np.abs(np.log(candidates.lr / lr)), np.abs(np.log(candidates.batch_tokens / batch))) < REPEAT
         result |= same & near
     return result
@@ -82,7 +82,7 @@ def _around(vertex: np.ndarray, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def _apart(values: np.ndarray) -> np.ndarray:
     """The different ones, in order."""
     values = np.sort(values)
-    return values[np.r_[True, np.diff(np.log(values)) > SAME_TOKENS]]
+    return values[np.r_[True, np.diff(np.log(values)) > NEAR]]
 
 
 def _cost_ratio(ran: Runs, N: np.ndarray) -> np.ndarray:

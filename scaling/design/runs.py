@@ -1,16 +1,18 @@
 """What a design reads of a table: settings, losses and costs of runs, grouped into cells of equal N and D."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
+from scaling.cells import SAME, grouped, levels
 from scaling.columns import DIVERGED, FINISHED, RUNNING
 from scaling.table import RunTable
 
-SAME_TOKENS = 0.02
-"""Of ln D: runs of one cell end at slightly different tokens, as their batches do not divide the horizon alike."""
+NEAR = float(np.log1p(SAME))
+"""Of ln N and ln D: runs of one cell end at slightly different tokens, as their batches do not divide the horizon
+alike."""
 FLOPS = 6.0
 """For each parameter and token, where the table does not know better (Kaplan et al. 2020, table 1)."""
 
@@ -50,8 +52,9 @@ class Runs:
 def read(table: RunTable | pd.DataFrame, size: str) -> Runs:
     """The runs of a table, with N meaning the column `size`.
 
-    Rows without positive N, D, lr and batch are left out; so is the loss of a run that did not finish. Where `flops`
-    is missing it follows from `flops_per_token`, or else from 6 N D. ValueError for a missing column, or no row.
+    N and D are those of a run's cell. Rows without positive N, D, lr and batch are left out; so is the loss of a run
+    that did not finish. Where `flops` is missing it follows from `flops_per_token`, or else from 6 N D. ValueError for
+    a missing column, or no row.
     """
     frame = table.frame if isinstance(table, RunTable) else table
     needed = (size, "tokens", "lr", "batch_tokens")
@@ -78,17 +81,19 @@ def read(table: RunTable | pd.DataFrame, size: str) -> Runs:
     for other in (numbers("flops_per_token") * D, FLOPS * N * D):
         flops = np.where(np.isfinite(flops) & (flops > 0), flops, other)
     runs = Runs(N, D, settings["lr"], settings["batch_tokens"], loss, status == DIVERGED, status == RUNNING, flops)
-    return runs.where(known)
+    runs = runs.where(known)
+    N, D, cell = cells_of(runs.N, runs.D)
+    return replace(runs, N=N[cell], D=D[cell])
 
 
 def cells_of(N: np.ndarray, D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cells of equal N and nearly equal D: their N and least D, (m,) each, and each row's cell, (rows,)."""
-    order = np.lexsort((D, N))
-    first = np.ones(len(N), dtype=bool)
-    first[1:] = (np.diff(N[order]) != 0) | (np.diff(np.log(D[order])) > SAME_TOKENS)
-    cell = np.empty(len(N), dtype=int)
-    cell[order] = np.cumsum(first) - 1
-    return N[order][first], D[order][first], cell
+    """Cells of equal N and D: their least N and D, (m,) each, and each row's cell, (rows,)."""
+    if not len(N):
+        return np.empty(0), np.empty(0), np.empty(0, dtype=int)
+    cell = grouped([levels(N), levels(D)])
+    order = np.argsort(cell, kind="stable")
+    first = np.flatnonzero(np.diff(cell[order], prepend=-1))
+    return np.minimum.reduceat(N[order], first), np.minimum.reduceat(D[order], first), cell
 
 
 def position(N: np.ndarray, D: np.ndarray, among: Iterable[tuple[float, float]]) -> np.ndarray:
@@ -96,7 +101,5 @@ def position(N: np.ndarray, D: np.ndarray, among: Iterable[tuple[float, float]])
     known = np.log(np.array(list(among), dtype=float).reshape(-1, 2))
     if not len(known):
         return np.full(len(N), -1)
-    apart = np.abs(np.log(np.stack([N, D], axis=-1))[:, None] - known[None])
-    near = (apart[..., 0] < 1e-9) & (apart[..., 1] <= SAME_TOKENS)
-    nearest = np.where(near, apart[..., 1], np.inf).argmin(axis=1)
-    return np.where(near.any(axis=1), nearest, -1)
+    apart = np.abs(np.log(np.stack([N, D], axis=-1))[:, None] - known[None]).max(axis=-1)
+    return np.where((apart <= NEAR).any(axis=1), apart.argmin(axis=1), -1)

@@ -49,30 +49,31 @@ class Farseer(Law):
     floor = "E"
 
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
-        c = unpacked(coordinates)
-        ln_n, ln_d = np.log(x["N"] / SIZE), np.log(x["D"])
-        (floor, by_floor), (scale, by_scale), (rate, by_rate) = (_bent(*c[k : k + 3], ln_n) for k in (0, 3, 6))
+        c, ln_d = unpacked(coordinates), np.log(x["D"])
+        sizes, row = np.unique(x["N"], return_inverse=True)  # of which there are few, and a curve is one of N alone
+        curves = [_bent(*c[k : k + 3], np.log(sizes / SIZE)) for k in (0, 3, 6)]
+        floor, scale, rate = (value[:, row] for value, _ in curves)
         steep = -np.exp(rate) * ln_d
         reducible = scale + steep
         loss = np.logaddexp(floor, reducible)
         of_floor, of_reducible = np.exp(floor - loss), np.exp(reducible - loss)
-        slopes = [
-            *(of_floor * each for each in by_floor),
-            *(of_reducible * each for each in by_scale),
-            *(of_reducible * steep * each for each in by_rate),
-        ]
-        return loss, np.stack(slopes, axis=-1)
+        slopes = np.empty((len(c[0]), len(c), len(ln_d)))
+        for k, (factor, (_, by)) in enumerate(zip((of_floor, of_reducible, of_reducible * steep), curves, strict=True)):
+            slopes[:, 3 * k] = factor
+            for place, each in enumerate(by, 3 * k + 1):
+                np.multiply(factor, each[:, row], out=slopes[:, place])
+        return loss, slopes.swapaxes(1, 2)
 
 
 def _bent(log_value: np.ndarray, slope: np.ndarray, bend: np.ndarray, ln_n: np.ndarray):
-    """ln of the curve, (S, n), and its derivative by ln of its value, slope and bend."""
+    """ln of the curve, (S, n), and its derivative by slope and bend; that by ln of its value is 1."""
     z = bend * ln_n
     near = np.abs(z) < 1e-4
     safe = np.where(near, 1.0, z)
     # (e^z - 1)/z and its derivative by z, by their series where they are 0/0.
     ratio = np.where(near, 1.0 + z / 2.0 + z**2 / 6.0, np.expm1(safe) / safe)
     by_z = np.where(near, 0.5 + z / 3.0, (np.exp(safe) - ratio) / safe)
-    return np.clip(log_value + slope * ln_n * ratio, -LARGEST, LARGEST), (1.0, ln_n * ratio, slope * ln_n**2 * by_z)
+    return np.clip(log_value + slope * ln_n * ratio, -LARGEST, LARGEST), (ln_n * ratio, slope * ln_n**2 * by_z)
 
 
 def from_published(constants: Mapping[str, float]) -> dict[str, float]:

@@ -12,14 +12,14 @@ from typing import Literal
 import numpy as np
 from scipy.stats import t as student
 
-from scaling.optima.cells import Cell, cells, levels
+from scaling.cells import AXES, levels
+from scaling.optima.cells import Cell, cells
 from scaling.optima.polynomial import fitted_bowl
 from scaling.results import Bowl, Estimate
 from scaling.table import RunTable
 
 WINDOW = 0.02
 CHECK = 0.01
-AXES = ("lr", "batch_tokens")
 Side = Literal["below", "above"]
 
 

@@ -1,4 +1,4 @@
-"""Cells: runs that are equal in size, tokens and every other setting, and differ in learning rate or batch alone."""
+"""The cells of a table with the losses, rates and batches of their runs, and what laws read of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,19 +7,13 @@ from difflib import get_close_matches
 import numpy as np
 import pandas as pd
 
-from scaling.columns import DIVERGED, FINISHED
+from scaling.cells import AXES, MODEL_AND_DATA, TRAINING, cells_of, levels
+from scaling.columns import DIVERGED, FINISHED, TEXTS
 from scaling.laws.law import Inputs, Law
 from scaling.table import RunTable, column_of
 
-NUMBERS = (
-    "total", "non_embedding", "active", "once", "recurrent", "hidden_size", "num_layers", "tokens", "unique_tokens",
-    "seq_len", "final_lr", "warmup_tokens", "weight_decay", "beta1", "beta2", "streams", "recurrences", "parent_tokens",
-)  # fmt: skip
-TEXTS = ("schedule", "optimizer", "tokenizer", "data", "loss_kind", "precision")
 DERIVED = ("flops", "flops_per_token")
 """Told of a cell, but not what it is: they follow from the settings."""
-SAME = 0.02
-"""Numbers this close are one setting: tokens rounded to whole batches, rates that were printed short."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +32,10 @@ class Cell:
         return len(self.loss)
 
 
-def levels(values: np.ndarray, same: float = SAME) -> np.ndarray:
-    """Which level each value is of, counted from the lowest, (n,) of int; -1 where it is unknown.
-
-    A new level begins where the next value is more than a factor 1 + `same` larger.
-    """
-    known, found = np.isfinite(values), np.full(len(values), -1)
-    if known.any():
-        unique = np.unique(values[known])
-        scale = np.maximum(np.abs(unique[:-1]), 1e-300)
-        steps = np.concatenate([[0], np.cumsum(np.diff(unique) > same * scale)])
-        found[known] = steps[np.searchsorted(unique, values[known])]
-    return found
-
-
 def cells(table: RunTable, size: str, *, at_batch: bool = False) -> tuple[Cell, ...]:
     """The cells of a table, the cheapest first; with `at_batch` the batch is one of the settings that are equal.
 
-    A setting that has one value for each learning rate, or for each batch, follows it and does not part cells: a final
-    rate that is a tenth of the peak, a warm-up of a number of steps. Runs that are killed or still going are left out.
+    Runs that are killed or still going are left out.
     ValueError if a column that is needed is unknown.
     """
     for column in (size, "tokens", "loss"):
@@ -65,27 +44,22 @@ def cells(table: RunTable, size: str, *, at_batch: bool = False) -> tuple[Cell, 
     if not table.has("lr") and not table.has("batch_tokens"):
         raise ValueError("columns 'lr' and 'batch_tokens' are unknown in the table; optima need one of them")
     finished, diverged = outcomes(table.frame)
-    numbers = {
-        name: table.numbers(name) for name in (*NUMBERS, *DERIVED, "lr", "batch_tokens", "loss") if table.has(name)
-    }
-    texts = {name: table.frame[name].fillna("").to_numpy(dtype=str) for name in TEXTS if table.has(name)}
+    told = [name for name in ("tokens", *MODEL_AND_DATA, *TRAINING, *DERIVED) if name not in TEXTS and table.has(name)]
+    texts = [name for name in (*MODEL_AND_DATA, *TRAINING) if name in TEXTS and table.has(name)]
     unknown = np.full(len(table), np.nan)
-    lr, batch = numbers.get("lr", unknown), numbers.get("batch_tokens", unknown)
-    placed = finished | diverged
-    for name in {size, "tokens", "lr", "batch_tokens"} & set(numbers):
-        placed &= (numbers[name] > 0) & np.isfinite(numbers[name])
+    lr, batch = (table.numbers(name) if table.has(name) else unknown for name in AXES)
+    loss, placed = table.numbers("loss"), finished | diverged
+    for values in (table.numbers(name) for name in (size, "tokens", *AXES) if table.has(name)):
+        placed &= (values > 0) & np.isfinite(values)
     found = []
-    for rows in _groups(
-        [levels(numbers[name]) for name in (size, "tokens", *(["batch_tokens"] if at_batch else []))], placed
-    ):
-        for inside in _groups(_parting(rows, numbers, texts, lr, batch), np.isin(np.arange(len(table)), rows)):
-            ended, lost = inside[finished[inside]], inside[diverged[inside]]
-            values = _shared({name: numbers[name][inside] for name in (*NUMBERS, *DERIVED) if name in numbers}, size)
-            if at_batch:
-                values["batch_tokens"] = float(np.median(batch[inside]))
-            named = {name: str(column[inside[0]]) for name, column in texts.items()}
-            lost = np.column_stack([lr[lost], batch[lost]])
-            found.append(Cell(values, named, lr[ended], batch[ended], numbers["loss"][ended], lost))
+    for rows in cells_of(table, size, placed=placed, at_batch=at_batch):
+        ended, lost = rows[finished[rows]], rows[diverged[rows]]
+        values = _shared({name: table.numbers(name)[rows] for name in told}, size)
+        if at_batch:
+            values["batch_tokens"] = float(np.median(batch[rows]))
+        named = {name: str(table.frame[name].fillna("")[rows[0]]) for name in texts}
+        lost = np.column_stack([lr[lost], batch[lost]])
+        found.append(Cell(values, named, lr[ended], batch[ended], loss[ended], lost))
     return tuple(sorted(found, key=lambda cell: (cell.values["flops"], cell.values["tokens"])))
 
 
@@ -96,40 +70,6 @@ def outcomes(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     status = frame["status"].fillna(FINISHED).to_numpy() if "status" in frame else np.full(len(frame), FINISHED)
     ended = status == FINISHED
     return ended & np.isfinite(loss) & (loss > 0), (status == DIVERGED) | (ended & np.isinf(loss))
-
-
-def _groups(keys: Sequence[np.ndarray], placed: np.ndarray) -> list[np.ndarray]:
-    """Rows that are placed and equal in all keys, (rows,) each."""
-    rows = np.flatnonzero(placed)
-    if not keys or not len(rows):
-        return [rows] if len(rows) else []
-    group = np.unique(np.column_stack([key[rows] for key in keys]), axis=0, return_inverse=True)[1].ravel()
-    return [rows[group == each] for each in range(group.max() + 1)]
-
-
-def _parting(
-    rows: np.ndarray,
-    numbers: Mapping[str, np.ndarray],
-    texts: Mapping[str, np.ndarray],
-    lr: np.ndarray,
-    batch: np.ndarray,
-) -> list[np.ndarray]:
-    """The settings that part these rows, as keys of all rows of the table."""
-    axes, parting = (levels(lr[rows]), levels(batch[rows])), []
-    for name in (*NUMBERS, *TEXTS):
-        if name not in numbers and name not in texts:
-            continue
-        level = levels(numbers[name][rows]) if name in numbers else np.unique(texts[name][rows], return_inverse=True)[1]
-        if level.min() < level.max() and not any(_follows(level, axis) for axis in axes):
-            key = np.zeros(len(lr), dtype=int)
-            key[rows] = level
-            parting.append(key)
-    return parting
-
-
-def _follows(level: np.ndarray, axis: np.ndarray) -> bool:
-    """Whether there is one level for each value of lr (or of the batch)."""
-    return len(set(zip(axis, level, strict=True))) == len(set(axis)) > 1
 
 
 def _shared(numbers: Mapping[str, np.ndarray], size: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import expit
 
+from scaling.cells import AXES
 from scaling.laws import find
 from scaling.optima.plateau import curvature_at, plateau
 from scaling.optima.regret import expected_regret
@@ -14,7 +15,6 @@ from scaling.table import column_of
 WARN, REFUSE = 3.0, 10.0
 """Factors beyond the largest compute of the cells."""
 RISK = 0.05
-AXES = ("lr", "batch_tokens")
 
 
 def decide(

@@ -6,7 +6,7 @@ from math import factorial
 
 import numpy as np
 
-from scaling.optima.cells import levels
+from scaling.cells import levels
 
 LEAST_RUNS = {1: 4, 2: 8}
 """In the window, for a quadratic of so many settings."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scaling.cells import levels
 from scaling.laws.powers import PowerLaw
-from scaling.optima.cells import Cell, inputs, levels
+from scaling.optima.cells import Cell, inputs
 from scaling.optima.regression import cluster_weights, least_squares, row_weights, widened
 from scaling.optima.vertices import Solution
 

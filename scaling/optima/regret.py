@@ -6,7 +6,8 @@ from typing import Literal
 import numpy as np
 from scipy.spatial import Delaunay
 
-from scaling.optima.cells import Cell, levels
+from scaling.cells import levels
+from scaling.optima.cells import Cell
 
 How = Literal["nearest", "linear"]
 

@@ -7,8 +7,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from scaling.cells import SAME
 from scaling.laws import find
-from scaling.optima.cells import SAME, inputs
+from scaling.optima.cells import inputs
 from scaling.report.drawing import BLUE, COLORS, GREEN, INK, ORANGE, QUIET, RED, logarithmic, shades, sheet, spread
 from scaling.report.tables import keys
 from scaling.report.words import label, number, plain, target, written

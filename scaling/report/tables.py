@@ -108,9 +108,9 @@ def fits(found: Sequence[Fit]) -> Table:
         failures = [verdict.code for verdict in each.verdicts if verdict.level == "failure"]
         warnings = [verdict.code for verdict in each.verdicts if verdict.level == "warning"]
         standing = (
-            Cell("not identified: " + ", ".join(map(plain, failures)), level="failure")
+            Cell("not identified: " + _codes(failures), level="failure")
             if failures
-            else Cell("warnings: " + ", ".join(map(plain, warnings)), level="warning")
+            else Cell("warnings: " + _codes(warnings), level="warning")
             if warnings
             else Cell("identified", level="ok")
         )
@@ -120,6 +120,12 @@ def fits(found: Sequence[Fit]) -> Table:
              cell(each.noise, percent), standing)
         )  # fmt: skip
     return table("Fits", ("of", "law", "N is", "rows", "clusters", "residual sd", "verdict"), rows)
+
+
+def _codes(found: Sequence[str]) -> str:
+    """Each once, with how often it was found where that is more."""
+    counts = Counter(map(plain, found))
+    return ", ".join(f"{count} x {code}" if count > 1 else code for code, count in counts.items())
 
 
 def parameters(fit: Fit) -> Table:

@@ -138,6 +138,18 @@ def test_a_law_that_is_not_identified_has_code_3_and_its_report(tmp_path, capsys
     assert not laws_file.read(tmp_path / "out" / "laws.json").best("loss").identified
 
 
+def test_a_law_of_the_rate_that_runs_do_not_tell_has_code_3_where_it_was_asked_for(tmp_path, capsys):
+    table = write_losses(tmp_path / "runs.csv", lr=np.geomspace(1e-3, 1e-2, 25))
+    frame = pd.read_csv(table)  # swept, but in too few cells for the law's three coordinates
+    swept = [frame.iloc[[0, 24]].assign(lr=lr, final=2.5 + (np.log(lr) + 6) ** 2) for lr in np.geomspace(1e-3, 6e-3, 6)]
+    pd.concat(swept).to_csv(table, index=False)
+    options = [table, "--columns", "loss=final", "--out", tmp_path / "out"]
+    assert run(*options, "--law", "step_law_lr") == 3
+    said = [each for each in capsys.readouterr().err.splitlines() if each.startswith("not told by these runs: ")]
+    assert len(said) == 1 and "the law step_law_lr" in said[0] and "2 cells cannot tell 3 coordinates" in said[0]
+    assert run(*options) == 0
+
+
 def test_a_target_too_far_has_code_3_and_with_far_0(tmp_path):
     table = write_losses(tmp_path / "runs.csv")
     options = [table, "--columns", "loss=final", "--law", "chinchilla_tied", "--target", "C=1e23"]

@@ -6,7 +6,7 @@ import pytest
 
 from scaling import decisions
 from scaling.analysis import analyse, best_of_cells, constants
-from scaling.loss_laws import clusters_of
+from scaling.clusters import clusters_of
 from scaling.results import Analysis
 from scaling.table import RunTable, tidy
 from tests import analyses
@@ -139,7 +139,7 @@ def test_a_rate_that_does_not_vary_within_cells_is_taken_to_be_the_best():
     found = analyse(losses(lr=rate), laws=["chinchilla", "lr = m * total^-a * tokens^b"], replicates=20)
     law = found.best("lr")
     assert law.parameters["a"].value == pytest.approx(0.6, abs=0.01)
-    assert "taken_for_best" in {each.code for each in law.verdicts}
+    assert law.identified and "taken_for_best" in {each.code for each in law.verdicts}
 
 
 def test_of_a_cell_the_best_run_counts_and_of_repetitions_all():
@@ -148,6 +148,16 @@ def test_of_a_cell_the_best_run_counts_and_of_repetitions_all():
         "loss": [3.1, 3.0, 3.2, 2.9, 2.91],
     })  # fmt: skip
     assert best_of_cells(RunTable(tidy(frame)), "total").tolist() == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("column", "kept"),
+    [("weight_decay", 1), ("warmup_tokens", 1), ("num_layers", 1), ("active", 2), ("streams", 2), ("unique_tokens", 2)],
+)
+def test_a_law_of_loss_is_of_the_best_training_of_each_model_and_data(column, kept):
+    frame = pd.DataFrame({"total": 1e8, "tokens": 1e9, "lr": [1e-3, 2e-3] * 2, column: [4.0, 4.0, 8.0, 8.0],
+                          "loss": [3.0, 3.1, 3.2, 3.3]})  # fmt: skip
+    assert best_of_cells(RunTable(tidy(frame)), "total").sum() == kept
 
 
 def test_what_all_runs_have_equal_holds_for_a_target_too():

@@ -156,7 +156,13 @@ def covered(x, cells=None, *, seeds=200, replicates=200):
     return {name: count / seeds for name, count in inside.items()}
 
 
-def test_intervals_of_exponents_cover_the_truth_in_spite_of_outliers():
+def test_intervals_of_exponents_hold_the_truth_in_spite_of_outliers():
+    """A few tables, and what so few can tell: of 40 intervals that hold it in 95 %, 33 do with a chance of 0.9993."""
+    assert min(covered(grid(6, 6), seeds=40, replicates=100).values()) >= 33 / 40
+
+
+@pytest.mark.slow
+def test_intervals_of_exponents_cover_the_truth_as_often_as_they_say():
     for name, share in covered(grid(6, 6)).items():
         assert 0.90 <= share <= 0.98, (name, share)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
@@ -91,6 +92,24 @@ def test_an_analysis_of_nothing_is_one(tmp_path):
 def test_a_fit_without_draws_keeps_their_shape(tmp_path):
     write(tmp_path / "laws.json", analysis(fits=(replace(rate_fit(), draws=np.empty((0, 3))),)))
     assert read(tmp_path / "laws.json").fits[0].draws.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"fits": (replace(rate_fit(), coordinates=np.zeros(2)),)}, "fits.0: law 'step_law_lr' has 3 parameters"),
+        ({"fits": (replace(rate_fit(), coordinates=np.array([1.0, np.nan, 0.0])),)}, "fits.0: coordinates and draws"),
+        ({"fits": (loss_fit(), replace(rate_fit(), rows="many"))}, "fits.1.rows"),
+        ({"gates": (Verdict("fine", "rows", ""),)}, "gates.0.level"),
+        ({"used": np.array([True, False])}, "used has 2 entries for 3 rows"),
+        ({"fitted": (1, 3)}, "fitted names row 3"),
+        ({"bowls": (Bowl({"N": 1e8}, 2, None, None, 3.0, censored={"lr": "beside"}),)}, "bowls.0.censored.lr"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, changes, field):
+    with pytest.raises(ValueError, match=re.escape(field)):
+        write(tmp_path / "laws.json", analysis(**changes))
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_columns_that_laws_know_are_kept(tmp_path):

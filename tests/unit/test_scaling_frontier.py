@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling.frontier import budgets, envelope, isoflop, levels, of_law, parabola
+from scaling.cells import levels
+from scaling.frontier import budgets, envelope, isoflop, of_law, parabola
 from scaling.laws import LAWS
 from scaling.results import Fit
 from tests.published import published

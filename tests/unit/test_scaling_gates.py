@@ -75,6 +75,7 @@ def test_runs_cut_in_mid_decay_warn():
 def test_labels_of_kept_runs_are_counted():
     _, verdicts = select(table(labels=["2 launches"] * 3 + ["2 launches; 5 steps skipped"] + [None] * 8))
     assert "4 x 2 launches, 1 x 5 steps skipped" in codes(verdicts)["labels"].message
+    assert codes(verdicts)["labels"].level == "ok", "a note"
 
 
 @pytest.mark.parametrize(("rows", "level"), [(1, "failure"), (5, "warning")])

@@ -99,12 +99,19 @@ def test_parscale_gives_the_published_gain_and_predicts_more_streams(column, gai
     frame = pd.read_csv(published("parscale/parscale_42B_losses.csv"))
     x = {"N": frame["N_nonemb"].to_numpy(float), "P": frame["P"].to_numpy(float)}
     y = frame[column].to_numpy()
-    found = fit(find("parscale"), x, y, size="non_embedding", replicates=0)
+    found = fit(find("parscale"), x, y, size="non_embedding", starts=32, replicates=0)
     assert found.parameters["k"].value == pytest.approx(gain, rel=0.02)
     assert found.parameters["alpha"].value == pytest.approx(exponent, rel=0.02)
     assert found.parameters["E"].value == pytest.approx(floor, rel=0.01)
     few = x["P"] <= 4
-    small = fit(find("parscale"), {name: each[few] for name, each in x.items()}, y[few], size="N", replicates=0)
+    small = fit(
+        find("parscale"),
+        {name: each[few] for name, each in x.items()},
+        y[few],
+        size="N",
+        starts=32,
+        replicates=0,
+    )
     errors = small.predict({name: each[~few] for name, each in x.items()}) / y[~few] - 1
     assert np.abs(errors).max() < 0.006 and abs(errors.mean()) < 0.002
 

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scaling.cells import levels
 from scaling.laws import find
 from scaling.optima import cells, decide, find_bowls, fit_optima, fit_stability, regret, regrets
-from scaling.optima.cells import levels
 from scaling.optima.plateau import plateau
 from scaling.optima.polynomial import fitted_bowl
 from scaling.optima.regression import censored_regression, cluster_weights, least_squares
@@ -50,6 +50,8 @@ LINES = {"lr": [1e-3, 2e-3, 1e-3, 2e-3]}
         (PLANE | {"tokens": [1.000e9, 1.003e9, 1.000e9, 1.003e9]}, 1),  # rounded to whole batches
         (PLANE | {"tokens": [1e9, 2e9, 1e9, 2e9]}, 2),
         (PLANE | {"seed": [1, 2, 3, 4]}, 1),
+        (PLANE | {"streams": [1, 2, 1, 2]}, 2),  # another model, though each has its rate
+        (PLANE | {"active": [1e7, 1e7, 2e7, 2e7]}, 2),
     ],
 )
 def test_cells_part_where_settings_other_than_lr_and_batch_differ(columns, expected):

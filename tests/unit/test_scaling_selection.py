@@ -7,14 +7,16 @@ import pandas as pd
 import pytest
 
 from scaling.candidates import Candidate, find_candidates
+from scaling.clusters import standard_error
 from scaling.fitting.levenberg import minimise
 from scaling.fitting.objective import Huber
-from scaling.holdout import LARGEST_COMPUTE, LARGEST_SIZE, make_splits, solve
+from scaling.holdout import LARGEST_COMPUTE, LARGEST_SIZE, Split, make_splits, measures, solve
 from scaling.laws import find
 from scaling.laws.data_constrained import ENDLESS
 from scaling.laws.farseer import PUBLISHED, from_published
 from scaling.loss_laws import fit_losses
-from scaling.selection import Score, choose, one_standard_error
+from scaling.readers import read
+from scaling.selection import Score, choose, compare_baselines, one_standard_error
 from scaling.table import RunTable
 from tests.published import published
 
@@ -102,13 +104,14 @@ def test_predictions_do_not_depend_on_the_losses_that_are_held_out():
     frame = ladder(noise=1e-2)
     splits = make_splits(frame["flops"].to_numpy(), frame["non_embedding"].to_numpy())
 
-    def predictions(frame, split):
+    def predictions(frame):
         found = chosen(frame, laws=["farseer"], starts=8).held_out
-        return next(each.predicted for each in found if each.law == "farseer" and each.split == split.name)
+        return {each.split: each.predicted for each in found if each.law == "farseer"}
 
+    clean = predictions(frame)
     for split in splits[:2]:
         scrambled = frame.assign(loss=np.where(split.test, 3 * frame["loss"][::-1], frame["loss"]))
-        assert predictions(scrambled, split) == pytest.approx(predictions(frame, split), rel=1e-9)
+        assert predictions(scrambled)[split.name] == pytest.approx(clean[split.name], rel=1e-9)
 
 
 def test_a_law_needs_two_training_rows_for_each_of_its_parameters():
@@ -152,8 +155,48 @@ def test_one_standard_error_prefers_fewer_parameters():
     ranked = (score("farseer", 9, 0.010), score("chinchilla", 5, 0.0115), score("kaplan", 4, 0.013), baseline)
     best, verdicts = one_standard_error(ranked, ["largest N"])
     assert best.law == "chinchilla" and "within one standard error of farseer" in verdicts[0].message
-    best, verdicts = one_standard_error((Score("last scale", "", 0, 0.001, 0.01, {}), *ranked), ["largest N"])
-    assert best.law == "chinchilla" and [each.code for each in verdicts] == ["chosen", "baseline"]
+    best, _ = one_standard_error((Score("last scale", "", 0, 0.001, 0.01, {}), *ranked), ["largest N"])
+    assert best.law == "chinchilla"
+
+
+def test_rows_of_one_run_are_one_measurement_of_a_hold_out():
+    frame, curves = ladder(noise=3e-2), {"run": np.repeat([f"run {size}" for size in range(6)], 6)}
+    apart, together = (chosen(each, laws=["kaplan"]) for each in (frame, frame.assign(**curves)))
+    assert together.ranked[0].error == apart.ranked[0].error
+
+    def errors(found):
+        return {each.split: each for each in found.held_out if each.law == "kaplan"}
+
+    for split, own in errors(together).items():
+        if split == LARGEST_SIZE:  # one run, of which no scatter between runs is known
+            assert own.error_se == pytest.approx(own.error)
+    values = np.array([1.0, 1.2, 3.0, 3.2, 2.0, 2.2])
+    alone, twice = standard_error(values[::2], np.arange(3)), standard_error(values.repeat(2), np.arange(6).repeat(2))
+    assert alone == pytest.approx(values[::2].std(ddof=1) / np.sqrt(3))
+    assert twice == pytest.approx(standard_error(values, np.arange(6)))
+
+
+@pytest.mark.parametrize(("gain", "level"), [(4e-3, "warning"), (3e-4, "ok")])
+def test_a_naive_baseline_warns_where_it_wins_by_more_than_the_noise(gain, level):
+    generator = np.random.default_rng(0)
+    split = Split("largest N", np.arange(40) < 20, np.arange(40) >= 20)
+    noise = 1e-3 * generator.standard_normal((2, 20))
+    of_law, of_baseline = noise - noise.mean(axis=1, keepdims=True) + [[0.01], [0.01 - gain]]
+    y = np.full(40, 3.0)
+    measured, scores = [], []
+    for name, size, errors in (("kaplan", "total", of_law), ("last scale", "", of_baseline)):
+        measured.append(measures(name, size, split, errors, np.nan, y, None))
+        scores.append(Score(name, size, 4, measured[-1].error, measured[-1].error_se, {}))
+    found = compare_baselines(scores[0], sorted(scores, key=lambda each: each.error), measured, [split], np.arange(40))
+    assert [each.level for each in found] == [level] and found[0].code == "baseline"
+
+
+def test_a_published_law_that_has_seen_the_rows_is_no_reason_to_distrust_laws():
+    table = read([published("chinchilla_epoch/svg_extracted_data.csv")])
+    found = choose(table, np.ones(len(table), dtype=bool), laws=["chinchilla", "chinchilla_tied"])
+    assert "baseline" not in {each.code for each in found.verdicts if each.level != "ok"}
+    assert found.ranked[0].law == "published chinchilla", "of which these are the very runs"
+    assert "published" in {each.code for each in found.verdicts}
 
 
 def test_the_law_of_the_truth_is_chosen_over_simpler_and_richer_ones():
