@@ -78,14 +78,14 @@ def floors(shape: Shape, element: int) -> dict[str, Floor]:
     again = 1 / 3 if shape.recompute else 0  # a forward once more, of the blocks alone
     all_flops = flops_per_token(config, shape.seq_len) * tokens
     parameters = 4 * count(config).total
-    layers = shape.num_layers * (1 + again)
+    layers, forwards = shape.num_layers, 1 + shape.recompute
     return {
         "products of blocks": Floor(flops=(all_flops - attention - head) * (1 + again)),
         "attention": Floor(flops=attention / 2 * (1 + again)),  # half of the square is masked
         "loss": Floor(flops=head, bytes=3 * hidden),
-        "norms": Floor(bytes=(2 * layers + 1) * 5 * hidden),  # x to y; x and dy to dx
-        "rotary": Floor(bytes=layers * 4 * rotated),
-        "gate": Floor(bytes=layers * 8 * inner),  # two to one; three to two
+        "norms": Floor(bytes=(2 * layers * (2 * forwards + 3) + 5) * hidden),  # x to y; x and dy to dx
+        "rotary": Floor(bytes=layers * (2 * forwards + 2) * rotated),
+        "gate": Floor(bytes=layers * (3 * forwards + 5) * inner),  # two to one; three to two
         "optimizer": Floor(bytes=7 * parameters),  # p, g, m and v are read, three of them written
         "norm of the gradient, clipping": Floor(bytes=3 * parameters),
         "embedding": Floor(bytes=2 * hidden + parameters * shape.vocab_size * shape.hidden_size // count(config).total),

@@ -28,12 +28,13 @@ from torch.utils.checkpoint import checkpoint
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from runtime.config import ParallelConfig
 from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
 from runtime.observe.devices import peak
-from runtime.parallel.float8 import apply_float8
+from runtime.parallel.float8 import apply_float8, check_available
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--pairs {options.pairs}: at least one round is needed")
     if options.threads:
         torch.set_num_threads(options.threads)
+    for name in options.contenders:
+        if "float8" in name:
+            try:
+                check_available(ParallelConfig(float8="rowwise"))
+            except ValueError as error:
+                parser.error(f"--contenders {name}: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = SHAPES[options.shape]

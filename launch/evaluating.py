@@ -34,7 +34,7 @@ def open_evaluation(stored: Mapping[str, Any]) -> Evaluation:
     """The held-out sets of the configuration that a checkpoint holds, for the processes at hand. ValueError if there
     are none, one cannot be read, or the model does not fit the processes."""
     known = {key: value for key, value in stored.items() if key in Config.model_fields}
-    parallel = known.get("parallel", {}) | {"data_shard": "auto", "data_replicate": 1}
+    parallel = known.get("parallel", {}) | {"data_shard": "auto", "data_replicate": 1, "float8": "none"}
     config = Config.model_validate(known | {"parallel": parallel})
     if not config.evaluation.sets:
         raise ValueError("the run has no evaluation.sets to evaluate on")

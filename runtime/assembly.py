@@ -202,6 +202,12 @@ def device_and_precision(config: Config, mesh: Mesh) -> tuple[str, str]:
     return device, "bf16" if bf16 else "fp32"
 
 
+def precision_label(config: Config, precision: str) -> str:
+    """The precision as people and tables of runs are told it."""
+    recipe = config.parallel.float8
+    return precision if recipe == "none" else f"{precision}, float8 {recipe}"
+
+
 def describe(
     config: Config,
     inputs: Inputs,
@@ -233,7 +239,7 @@ def describe(
         mesh.layout,
         start_tokens=state.segment_start,
         device=device,
-        precision=precision,
+        precision=precision_label(config, precision),
         peak=peak(device, precision),
     )
 
@@ -261,7 +267,7 @@ def open_reporter(
     end = "goes on until it is stopped" if config.end is None else f"ends at {config.end:,} tokens"
     reporter.console.say(
         f"{config.run.name} {verb} at {state.clock.tokens:,} tokens: {count(config.model).total:,} parameters on "
-        f"{dist.get_world_size()} x {device}, {precision}; {end}"
+        f"{dist.get_world_size()} x {device}, {precision_label(config, precision)}; {end}"
     )
     one_piece = mesh.layout.data == 1 and (config.batch.micro_sequences or math.inf) >= config.batch.sequences
     if config.noise_scale.enabled and one_piece:

@@ -11,7 +11,7 @@ from runtime.data.mixture import MixtureHistory
 from runtime.data.tokenizer import load as load_tokenizer
 from runtime.data.tokens import TokenFile
 from runtime.observe.metrics import check_available
-from runtime.parallel.float8 import check_float8
+from runtime.parallel import float8
 from runtime.parallel.mesh import Layout, plan_layout
 
 
@@ -28,7 +28,7 @@ class Inputs:
 def open_inputs(config: Config, world_size: int) -> Inputs:
     """ValueError naming the first key or file that cannot be used."""
     check_available(config.observe)
-    check_float8(config.parallel, config.model)
+    float8.check_available(config.parallel)
     data, vocab_size = config.data, config.model.vocab_size
     layout = plan_layout(config.parallel, world_size, config.model, data.seq_len, *config.batches.sizes)
     _refuse_one_piece(config, layout)

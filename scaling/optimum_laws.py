@@ -73,8 +73,8 @@ def _few(quantity: str, count: int) -> Verdict:
 
 
 def _asked(table: RunTable, law: Law, size: str, bowls: Sequence[Bowl], replicates: int, seed: int) -> Fit:
-    """A law that was asked for: of the optima of cells, or where no cell varies of the runs as they are, which a table of
-    tuned runs may mean."""
+    """A law that was asked for: of the optima of cells, or where no cell varies of the runs as they are, as in a table
+    of tuned runs."""
     if any(getattr(each, law.quantity) is not None for each in bowls):
         return fit_optima(table, law, size=size, replicates=replicates, seed=seed)
     found = fit_rows(table, law, (size,), replicates, seed)

@@ -137,7 +137,7 @@ class Decoder(nn.Module):
 
 def eager() -> AbstractContextManager:
     """Blocks run as they are written, even compiled ones: a cache and a probe change as they are used, and blocks would
-    be compiled again for each state. Where torch's compiler has not been loaded, which takes a second, none is."""
+    be compiled again for each state. Where torch's compiler is not loaded, no block is compiled, and it need not be."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

@@ -102,6 +102,11 @@ def _layout(config: Config, layout: Layout, device_type: str) -> Table:
         ),
         ("recomputation", parallel.recompute, "compiled blocks" if parallel.compile else "eager"),
         ("precision", str(compute_dtype(parallel.precision, torch.device(device_type))).removeprefix("torch."), device),
+        *(
+            [("float8", parallel.float8, "memory and times below are those without")]
+            if parallel.float8 != "none"
+            else []
+        ),
     )
 
 

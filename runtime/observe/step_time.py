@@ -166,7 +166,8 @@ def collective_seconds(each: Collective, layout: Layout, node: Node, shares: Sha
 def _flops(network: Network, batch: Batch) -> tuple[float, float]:
     """Of one micro-batch: those of the blocks, and those of head and loss."""
     config = network.config
-    head = 6 * config.hidden_size * config.vocab_size * (1 + network.exits)
+    each = 4 if config.streams.backbone == "frozen" else 6  # a frozen matrix has no gradient
+    head = each * config.hidden_size * config.vocab_size * (1 + network.exits)
     return (flops_per_token(config, batch.seq_len) - head) * batch.tokens, head * batch.tokens
 
 

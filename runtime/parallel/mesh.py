@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from runtime.config import ParallelConfig
 from runtime.model.config import ModelConfig
+from runtime.parallel.float8 import refuse_float8
 
 AXES = ("data_replicate", "data_shard", "tensor")
 
@@ -59,6 +60,7 @@ def plan_layout(parallel: ParallelConfig, world_size: int, model: ModelConfig, s
             f"{named} {uneven[0]} is not a multiple of the {replicate * shard} data-parallel ranks "
             f"(data_replicate = {replicate} times data_shard = {shard})"
         )
+    refuse_float8(parallel, model, seq_len)
     return Layout(world_size, replicate, shard, tensor)
 
 

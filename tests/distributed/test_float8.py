@@ -11,7 +11,7 @@ from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
 from runtime.model.linear import Linear
 from runtime.parallel import float8
-from runtime.parallel.float8 import apply_float8, check_float8
+from runtime.parallel.float8 import apply_float8, check_available, refuse_float8
 from runtime.parallel.parallelize import compile_block
 from tests.distributed.parity import SHAPE, TOLERANCE, Case, Trajectory, mismatches, train_alone, train_on_mesh
 from tests.workers import run_workers
@@ -62,6 +62,7 @@ def converted(decoder: Decoder) -> set[str]:
         ({}, ATTENTION | FEED_FORWARD),
         ({"intermediate_size": 40}, ATTENTION),
         ({"experts": {"count": 4}}, ATTENTION),
+        ({"streams": {"count": 2, "prefix_tokens": 3, "backbone": "frozen"}}, set()),
     ],
     ids=str,
 )  # fmt: skip
@@ -127,6 +128,7 @@ def test_blocks_compile_to_one_graph():
 
 
 REFUSED: list[tuple[dict, dict, str]] = [
+    ({"data_shard": 1}, {"seq_len": 1000}, r"multiples of 16 as data\.seq_len, which is 1000"),
     ({"tensor": 2}, {}, r'parallel\.float8 = "tensorwise" and parallel\.tensor = 2'),
     ({}, {"templates": 2}, r"without model\.tying\.relaxation and model\.templates"),
     (
@@ -139,11 +141,13 @@ REFUSED: list[tuple[dict, dict, str]] = [
 
 @pytest.mark.parametrize(("parallel", "model", "message"), REFUSED)
 def test_what_has_no_float8_is_refused(parallel, model, message):
+    model = dict(model)
+    seq_len = model.pop("seq_len", 16)
     with pytest.raises(ValueError, match=message):
-        check_float8(ParallelConfig(float8="tensorwise", **parallel), ModelConfig(**SHAPE | model))
+        refuse_float8(ParallelConfig(float8="tensorwise", **parallel), ModelConfig(**SHAPE | model), seq_len)
 
 
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"torchao.*meristem\[float8\]"):
-        check_float8(ParallelConfig(float8="rowwise"), ModelConfig(**SHAPE))
+        check_available(ParallelConfig(float8="rowwise"))

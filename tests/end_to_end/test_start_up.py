@@ -27,7 +27,7 @@ def test_help_needs_no_heavy_package(verb):
     assert loaded_after(program, HEAVY) == []
 
 
-def test_a_run_that_compiles_nothing_never_loads_the_compiler(tmp_path):
+def test_a_run_of_one_process_in_float32_never_loads_the_compiler(tmp_path):
     """From the start to the last checkpoint; it takes a second or two of every process of every start."""
     for name in ("train", "heldout"):
         write_corpus(tmp_path / "data" / name, 30, seed=len(name))

@@ -25,6 +25,10 @@ def test_recomputation_adds_a_forward_of_the_blocks():
     once, again = floors(SMALL, 4), floors(replace(SMALL, recompute=True), 4)
     for term in ("products of blocks", "attention"):
         assert again[term].flops == pytest.approx(4 / 3 * once[term].flops)
+    forward = {"norms": 2 / 5, "rotary": 1 / 2, "gate": 3 / 8}
+    for term, share in forward.items():
+        blocks = once[term].bytes - (5 * 4 * SMALL.batch * SMALL.seq_len * SMALL.hidden_size if term == "norms" else 0)
+        assert again[term].bytes - once[term].bytes == pytest.approx(share * blocks), term
     assert again["loss"] == once["loss"] and again["optimizer"] == once["optimizer"]
 
 
