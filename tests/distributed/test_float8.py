@@ -64,7 +64,7 @@ def converted(decoder: Decoder) -> set[str]:
         ({"experts": {"count": 4}}, ATTENTION),
         ({"streams": {"count": 2, "prefix_tokens": 3, "backbone": "frozen"}}, set()),
     ],
-    ids=str,
+    ids=["dense", "an odd size", "experts", "frozen"],
 )  # fmt: skip
 def test_linears_of_blocks_are_taken_and_keep_their_names(options, expected):
     decoder = Decoder(ModelConfig(**SHAPE | options))
