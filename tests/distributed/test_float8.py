@@ -93,6 +93,8 @@ LAYOUTS = {
     "fsdp4": (4, {}, None),
     "hsdp2x2": (4, {"data_replicate": 2}, None),
     "two micro-batches": (1, {}, 4),
+    "selective recomputation": (1, {"recompute": "selective"}, None),
+    "full recomputation, fsdp2": (2, {"recompute": "full"}, None),
 }
 
 
