@@ -7,7 +7,7 @@ Each part opens two trainers that differ in one setting, and the ratio is the me
 steps of each, with a bootstrap interval. The floor of what only moves memory (averages, norms of pieces, the copy a
 checkpoint is written from) is its bytes over the bandwidth of a copy of the parameters; that of what changes the model
 is the ratio of FLOPs. `checkpoint` is what training waits for at an asynchronous save, in steps, and how much slower it
-is while one is written.
+is while one is written; `growth` what it waits for while a model in memory is made twice as deep, in steps of that.
 """
 
 import argparse
@@ -30,10 +30,14 @@ from benchmarks.architecture import SHAPES
 from benchmarks.floor import bandwidth
 from benchmarks.overhead import write_tokens
 from benchmarks.throughput import Shape, machine, ratio
-from runtime.assembly import open_trainer
+from launch.chain import growing
+from launch.config import dump
+from launch.growth_config import RunConfiguration, segments
+from runtime.assembly import from_origin, open_segment, open_trainer
 from runtime.config import Config
 from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
+from runtime.session import open_session
 from runtime.startup import process_group
 from runtime.trainer import Trainer
 
@@ -51,13 +55,18 @@ PARTS: dict[str, Changes] = {
     "streams": {"model": {"streams": {"count": 2}}},
     "experts": {"model": {"experts": {"count": 4, "top_k": 2}}},
 }
-"""What each part's second trainer has; `checkpoint` is a part of its own."""
-CHECKPOINT = "checkpoint"
+"""What each part's second trainer has; `checkpoint` and `growth` are parts of their own."""
+CHECKPOINT, GROWTH = "checkpoint", "growth"
+ALL = (*PARTS, CHECKPOINT, GROWTH)
 
 
 def configuration(shape: Shape, folder: Path, name: str, changes: Changes) -> Config:
     """A run without an end in sight, with none of the extras but `changes`."""
-    sections: dict[str, dict[str, Any]] = {
+    return Config.model_validate(sections(shape, folder, name, changes))
+
+
+def sections(shape: Shape, folder: Path, name: str, changes: Changes) -> dict[str, dict[str, Any]]:
+    plain: dict[str, dict[str, Any]] = {
         "run": {"name": name.replace(" ", "-"), "dir": str(folder)},
         "model": shape.config().model_dump(),
         "data": {"seq_len": shape.seq_len, "sources": [{"path": str(folder / "train")}]},
@@ -71,7 +80,7 @@ def configuration(shape: Shape, folder: Path, name: str, changes: Changes) -> Co
         "observe": {"log_every": 10**6, "tensorboard": False},
         "guard": {},
     }
-    return Config.model_validate({key: each | changes.get(key, {}) for key, each in sections.items()})
+    return {key: each | changes.get(key, {}) for key, each in plain.items()}
 
 
 def steps(trainer: Trainer) -> float:
@@ -151,6 +160,34 @@ def part_checkpoint(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
     return found
 
 
+def part_growth(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
+    """Steps of the grown model that a growth to twice the depth holds training up for, moments and all; no less than
+    reading the small one's tensors and writing the large one's."""
+    stack = {"at": 0, "operator": "depth.stack", "options": {"factor": 2}, "moments": "keep", "verify": "none"}
+    config = RunConfiguration.model_validate({**sections(shape, folder, GROWTH, {}), "growth": [stack]})
+    stalls: list[float] = []
+    with (
+        redirect_stdout(sys.stderr),
+        open_session(segments(config), dump(config)) as session,
+        open_segment(session, from_origin(session)) as small,
+    ):
+        small.parts.persistence.save(small.state, elapsed=0.0, wait=True, retain=False)
+        for turn in range(pairs + 1):
+            start = time.perf_counter()
+            with open_segment(session, growing(session, small, config.growth[0])) as grown:
+                stalls.append(time.perf_counter() - start)
+                if turn == pairs:
+                    steps(grown)
+                    start = time.perf_counter()
+                    steps(grown)
+                    step = (time.perf_counter() - start) / STEPS
+                    moved = sum(each.nbytes for each in grown.persistence.tensors().values()) * 3 // 2
+    return {f"{GROWTH}: stall, steps": {
+        "ratio": ratio([1.0] * pairs, [stall / step for stall in stalls[1:]]),
+        "floor": moved / bandwidth(_device(), moved // 2) / step, "seconds": stalls[1:],
+    }}  # fmt: skip
+
+
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -158,7 +195,7 @@ def _device() -> torch.device:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, CHECKPOINT], default=[*PARTS, CHECKPOINT])
+    parser.add_argument("--parts", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--pairs", type=int, default=12, help=f"measurements of {STEPS} steps of each")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
@@ -172,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         name: lambda folder, name=name: {name: part(name, shape, folder, options.pairs)} for name in PARTS
     }
     measures[CHECKPOINT] = lambda folder: part_checkpoint(shape, folder, options.pairs)
+    measures[GROWTH] = lambda folder: part_growth(shape, folder, options.pairs)
     print(", ".join(f"{key} {value}" for key, value in machine(_device()).items()))
     print(f"{options.shape}: {shape}")
     print(f"{'extra':34}{'with / without':>16}{'95 % interval':>18}{'floor':>8}", flush=True)

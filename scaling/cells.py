@@ -57,24 +57,36 @@ def cells_of(
         return []
     outer = [name for name in (size, "tokens", *(["batch_tokens"] if at_batch else [])) if table.has(name)]
     found = _parts(rows, [levels(table.numbers(name)[rows]) for name in outer])
-    columns = {name: _column(table, name) for name in (*MODEL_AND_DATA, *TRAINING, *AXES) if table.has(name)}
-    axes = [columns.pop(name) for name in AXES if name in columns]
+    columns = {name: _ways(table, name) for name in (*MODEL_AND_DATA, *TRAINING) if table.has(name)}
+    axes = [table.numbers(name) for name in AXES if table.has(name)]
     cells = []
     for cell in found:
         numbers = [levels(each[cell]) for each in axes]
         parting = [
             level
-            for name, values in columns.items()
-            if (level := _levels(values[cell])).min() < level.max()
+            for name, ways in columns.items()
+            if (level := _fewest([_levels(values[cell]) for values in ways])).min() < level.max()
             and (name in MODEL_AND_DATA or not (tuned or any(_follows(level, axis) for axis in numbers)))
         ]
         cells += _parts(cell, parting)
     return cells
 
 
-def _column(table: RunTable, name: str) -> np.ndarray:
-    """Numbers or texts, (rows,)."""
-    return table.frame[name].fillna("").to_numpy(dtype=str) if name in TEXTS else table.numbers(name)
+def _ways(table: RunTable, name: str) -> list[np.ndarray]:
+    """Numbers or texts, (rows,) each: the ways in which a setting may have been chosen, equal in one of which is equal.
+
+    A final rate is a number, or a share of the peak; the last one of a log is a step short of the end, and is then one
+    share for each batch.
+    """
+    if name in TEXTS:
+        return [table.frame[name].fillna("").to_numpy(dtype=str)]
+    values = table.numbers(name)
+    return [values, values / table.numbers("lr")] if name == "final_lr" and table.has("lr") else [values]
+
+
+def _fewest(levels: Sequence[np.ndarray]) -> np.ndarray:
+    """The levels of the way that has the fewest."""
+    return min(levels, key=np.max)
 
 
 def _levels(values: np.ndarray) -> np.ndarray:

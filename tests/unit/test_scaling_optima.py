@@ -46,6 +46,10 @@ LINES = {"lr": [1e-3, 2e-3, 1e-3, 2e-3]}
         (LINES | {"weight_decay": [0.1, 0.1, 0.2, 0.2]}, 2),
         (LINES | {"optimizer": ["adamw", "adamw", "muon", "muon"]}, 2),
         (PLANE | {"final_lr": [1e-4, 2e-4, 1e-4, 2e-4]}, 1),  # a tenth of the peak
+        (PLANE | {"final_lr": [1e-5, 2e-5, 2e-5, 4e-5]}, 1),  # a log's last, one step short of zero
+        (PLANE | {"final_lr": [1e-5, 1e-5, 1e-5, 1e-5]}, 1),  # a number
+        (LINES | {"final_lr": [1e-5, 1e-5, 1e-4, 1e-4]}, 2),  # two numbers
+        (LINES | {"final_lr": [0.0, 0.0, 1e-4, 2e-4]}, 2),  # two shares
         (PLANE | {"warmup_tokens": [1e6, 1e6, 2e6, 2e6]}, 1),  # a number of steps
         (PLANE | {"tokens": [1.000e9, 1.003e9, 1.000e9, 1.003e9]}, 1),  # rounded to whole batches
         (PLANE | {"tokens": [1e9, 2e9, 1e9, 2e9]}, 2),
