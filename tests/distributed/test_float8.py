@@ -10,10 +10,14 @@ from runtime.config import ParallelConfig
 from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
 from runtime.model.linear import Linear
+from runtime.observe.jsonl import read_rows
 from runtime.parallel import float8
 from runtime.parallel.float8 import apply_float8, check_available, refuse_float8
 from runtime.parallel.parallelize import compile_block
+from tests.corpus import write_corpus
 from tests.distributed.parity import SHAPE, TOLERANCE, Case, Trajectory, mismatches, train_alone, train_on_mesh
+from tests.distributed.test_growth_live import BATCH, EXACT, GROWS_AT, STACK, slow, write_run
+from tests.distributed.test_growth_live import train as train_and_grow
 from tests.workers import run_workers
 
 pytest.importorskip("torchao")
@@ -114,6 +118,35 @@ def test_other_scales_than_powers_of_two_depend_on_the_mesh():
     case = Case("float8", {"init_std": 0.2}, {"float8": "tensorwise"}, steps=4)
     (alone,) = run_workers(train, 1, case, 1, {}, True)
     assert all(off(found, alone) > 100 * TOLERANCE for found in run_workers(train, 2, case, 2, {}, True))
+
+
+OPTIONS = {
+    "bf16, two processes": (2, {"parallel": {"precision": "bf16"}}),
+    "streams, two processes": (2, {"model": {"streams": {"count": 2, "prefix_tokens": 4}}}),
+    "one process": (1, {}),
+}
+
+
+@pytest.mark.parametrize("name", ["bf16, two processes", *(slow(each) for each in OPTIONS if "bf16" not in each)])
+def test_a_run_grows_and_resumes_bit_for_bit(tmp_path, name):
+    """Stopped before its growth and after it."""
+    write_corpus(tmp_path / "data" / "train")
+    write_corpus(tmp_path / "data" / "heldout", documents=20, seed=1)
+    processes, sections = OPTIONS[name]
+
+    def rows(run: str, recipe: str, *stops: int) -> list[list[float]]:
+        parallel = {"float8": recipe, **sections.get("parallel", {})}
+        path = write_run(tmp_path, run, STACK, **sections | {"parallel": parallel})
+        for until in stops:
+            folder = train_and_grow(path, processes, f"run.until={until * BATCH}")
+        return [[row[key] for key in EXACT] for row in read_rows(folder / "metrics.jsonl")]
+
+    whole = rows("whole", "rowwise", 12)
+    assert whole == rows("parts", "rowwise", 4, 7, 12)
+    assert [row[EXACT.index("segment")] for row in whole] == [0] * (GROWS_AT // BATCH) + [1] * 6
+    loss = EXACT.index("loss")
+    off = max(abs(ours[loss] / plain[loss] - 1) for ours, plain in zip(whole, rows("plain", "none", 12), strict=True))
+    assert 1e-5 < off < 0.05, "float8 is not exact, and not far off"
 
 
 def test_blocks_compile_to_one_graph():
