@@ -19,14 +19,12 @@ times of that round, with a bootstrap interval. One process on one CPU thread is
 else by the wall's.
 """
 
-import argparse
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import prefix_attention
-from benchmarks.throughput import SHAPES, Shape, batches, machine, ratio, timed
+from benchmarks.bench import Shape, arguments, batches, headline, parse, ratio, this_device, timed, write
 from runtime.config import OptimConfig, ParallelConfig
 from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
@@ -51,8 +49,6 @@ from runtime.parallel.mesh import build as build_mesh
 from runtime.parallel.parallelize import materialize, parallelize
 from runtime.parallel.shards import local
 
-SHAPES = {"tiny": Shape(4, 64, 176, 2, 2, 256, 64, 2), **SHAPES}
-"""The first to try the command itself."""
 LOOPS = 2
 STREAMS = (2, 4)
 PREFIX_LENGTH = 256
@@ -268,38 +264,19 @@ PARTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, 20, "rounds, each with one step of everything compared")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--batch", type=int, help="sequences of a step, instead of the shape's")
-    parser.add_argument("--pairs", type=int, default=20, help="rounds, each with one step of everything compared")
-    parser.add_argument(
-        "--threads", type=int, help="CPU threads of the parts in one process; torch's choice by default"
-    )
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    options = parser.parse_args(argv)
-    if options.pairs < 1:
-        parser.error(f"--pairs {options.pairs}: at least one round is needed")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = SHAPES[options.shape]
-    if options.batch:
-        shape = Shape(**asdict(shape) | {"batch": options.batch})
-    hardware = machine(device)
-    print(", ".join(f"{key} {value}" for key, value in hardware.items()))
-    print(f"{options.shape}: {shape}")
+    options, shape = parse(parser, argv)
+    print(headline(options.shape, shape))
     found: dict[str, Found] = {}
     for part in options.parts:
-        measured = PARTS[part](shape, device, options.pairs)
+        measured = PARTS[part](shape, this_device(), options.pairs)
         for name, each in measured.items():
             if "ratio" in each:
                 middle, low, high = each["ratio"]
                 print(f"{name}: {middle:.4f}  [{low:.4f}, {high:.4f}]  wished: {each['wish']}", flush=True)
         found |= measured
-    if options.json:
-        written = {"machine": hardware, "shape": asdict(shape), "measured": found}
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+    write(options.json, shape, {"measured": found})
     return 0
 
 

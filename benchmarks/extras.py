@@ -10,8 +10,6 @@ is the ratio of FLOPs. `checkpoint` is what training waits for at an asynchronou
 is while one is written; `growth` what it waits for while a model in memory is made twice as deep, in steps of that.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -26,10 +24,9 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.architecture import SHAPES
+from benchmarks.bench import Shape, arguments, headline, parse, ratio, this_device, write
 from benchmarks.floor import bandwidth
 from benchmarks.overhead import write_tokens
-from benchmarks.throughput import Shape, machine, ratio
 from launch.chain import growing
 from launch.config import dump
 from launch.growth_config import RunConfiguration, segments
@@ -130,7 +127,7 @@ def floor(name: str, within: ModelConfig, without: ModelConfig, shape: Shape, st
         return flops_per_token(within, shape.seq_len) / flops_per_token(without, shape.seq_len)
     parameters = 4 * count(without).total
     passes = {"ema": 3, "noise scale": MICRO_BATCHES}.get(name, 0)  # read, read and write; each piece read once
-    return 1 + passes * parameters / bandwidth(_device(), parameters) / step
+    return 1 + passes * parameters / bandwidth(this_device(), parameters) / step
 
 
 def part_checkpoint(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
@@ -151,7 +148,8 @@ def part_checkpoint(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
         size = sum(each.nbytes for each in trainer.persistence.tensors().values())
     step = statistics.median(plain for _, plain in slowed) / STEPS
     found = {f"{CHECKPOINT}: stall, steps": {
-        "ratio": ratio([1.0] * pairs, stalls), "floor": 2 * size / bandwidth(_device(), size) / step, "seconds": stalls,
+        "ratio": ratio([1.0] * pairs, stalls),
+        "floor": 2 * size / bandwidth(this_device(), size) / step, "seconds": stalls,
     }}  # fmt: skip
     during, plain = (list(each) for each in zip(*slowed, strict=True))
     found[f"{CHECKPOINT}: steps while it is written"] = {
@@ -184,35 +182,24 @@ def part_growth(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
                     moved = sum(each.nbytes for each in grown.persistence.tensors().values()) * 3 // 2
     return {f"{GROWTH}: stall, steps": {
         "ratio": ratio([1.0] * pairs, [stall / step for stall in stalls[1:]]),
-        "floor": moved / bandwidth(_device(), moved // 2) / step, "seconds": stalls[1:],
+        "floor": moved / bandwidth(this_device(), moved // 2) / step, "seconds": stalls[1:],
     }}  # fmt: skip
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser = arguments(__doc__, 12, f"measurements of {STEPS} steps of each, two at least")
     parser.add_argument("--parts", nargs="+", choices=ALL, default=ALL)
-    parser.add_argument("--pairs", type=int, default=12, help=f"measurements of {STEPS} steps of each")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    options = parser.parse_args(argv)
+    options, shape = parse(parser, argv)
     if options.pairs < 2:
         parser.error(f"--pairs {options.pairs}: at least two are needed for an interval")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    shape, found = SHAPES[options.shape], {}
     measures: dict[str, Callable[[Path], dict[str, Any]]] = {
         name: lambda folder, name=name: {name: part(name, shape, folder, options.pairs)} for name in PARTS
     }
     measures[CHECKPOINT] = lambda folder: part_checkpoint(shape, folder, options.pairs)
     measures[GROWTH] = lambda folder: part_growth(shape, folder, options.pairs)
-    print(", ".join(f"{key} {value}" for key, value in machine(_device()).items()))
-    print(f"{options.shape}: {shape}")
+    print(headline(options.shape, shape))
     print(f"{'extra':34}{'with / without':>16}{'95 % interval':>18}{'floor':>8}", flush=True)
+    found = {}
     with process_group(600):
         for name in options.parts:
             with tempfile.TemporaryDirectory() as folder:
@@ -221,9 +208,7 @@ def main(argv: list[str] | None = None) -> int:
                     found[label] = each
                     middle, low, high = each["ratio"]
                     print(f"{label:34}{middle:16.3f}{f'{low:.3f} to {high:.3f}':>18}{each['floor']:8.3f}", flush=True)
-    if options.json:
-        content = {"machine": machine(_device()), "shape": options.shape, "parts": found}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write(options.json, shape, {"parts": found})
     return 0
 
 

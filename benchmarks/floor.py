@@ -10,8 +10,6 @@ measured here; the floor of all else is the bytes that one pass over its tensors
 measured here. What neither operators nor kernels account for, Python and gaps, is the last term.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,9 +24,8 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.architecture import SHAPES
+from benchmarks.bench import Shape, arguments, batches, headline, parse, this_device, timed, write
 from benchmarks.noise_scale import Step
-from benchmarks.throughput import Shape, batches, machine, timed
 from runtime.config import ParallelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.model.linear import product
@@ -96,20 +93,20 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product large enough that nothing but arithmetic counts."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _fastest(lambda: product(a, b), device)
+    return 2 * size**3 / _fastest(lambda: product(a, b))
 
 
 def bandwidth(device: torch.device, size: int) -> float:
     """Bytes/s, read and written, of a copy of so many bytes."""
     source = torch.ones(max(size // 4, 1), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
 
 
-def _fastest(action: Callable[[], Any], device: torch.device, rounds: int = 12) -> float:
+def _fastest(action: Callable[[], Any], rounds: int = 12) -> float:
     for _ in range(3):
         action()
-    return min(timed(lambda *_: action(), (torch.empty(0, device=device),)) for _ in range(rounds))
+    return min(timed(action) for _ in range(rounds))
 
 
 def term_of(event: Any) -> str:
@@ -182,23 +179,13 @@ def table(shape: Shape, found: Mapping[str, Any]) -> list[tuple[str, float, floa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser = arguments(__doc__, 10, "steps that are timed without the profiler")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as parallel.compile does")
-    parser.add_argument("--rounds", type=int, default=10, help="steps that are timed without the profiler")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    options = parser.parse_args(argv)
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: at least one step is needed")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape, began = SHAPES[options.shape], time.monotonic()
+    options, shape = parse(parser, argv)
+    began = time.monotonic()
     with process_group(600):
-        found = measure(shape, device, options.compile, options.rounds)
-    print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
-    print(f"{options.shape}: {shape}")
+        found = measure(shape, this_device(), options.compile, options.pairs)
+    print(headline(options.shape, shape))
     wide = found["bandwidth"]
     print(
         f"a large product {found['rate'] / 1e9:,.0f} GFLOP/s; a copy the size of the stream "
@@ -211,9 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     total = 1e3 * found["seconds"]
     least = sum(row[2] for row in table(shape, found) if row[2])
     print(f"{'step':32}{total:12.1f}{least:10.1f}{total / least:8.2f}")
-    if options.json:
-        content = {"machine": machine(device), "shape": options.shape, "compiled": options.compile, **found}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write(options.json, shape, {"compiled": options.compile, **found})
     print(f"measured in {time.monotonic() - began:.0f} s")
     return 0
 

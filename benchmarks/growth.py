@@ -30,7 +30,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 if not __package__:  # beside this file, which has a package's name, that package would not be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.throughput import machine, ratio
+from benchmarks.bench import machine, ratio, this_device
 from launch.chain import growing
 from launch.config import dump
 from launch.grow import main as grow
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             shutil.rmtree(each)
         read = size(source)
         rates = offline(source, options.factor, options.rounds, folder)
-    hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    hardware = machine(this_device())
     print(", ".join(f"{key} {value}" for key, value in hardware.items()))
     print(f"checkpoint of {read / 2**20:,.0f} MiB, blocks stacked {options.factor} times")
     found = {}

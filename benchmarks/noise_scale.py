@@ -15,13 +15,10 @@ of the times of that round, with a bootstrap interval. One process on one CPU th
 all else by the wall's.
 """
 
-import argparse
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +32,8 @@ from torch.utils._pytree import tree_leaves
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.architecture import SHAPES, WORLD, Found, alone, compared, measure, on_ranks
-from benchmarks.throughput import Shape, batches, machine, timed
+from benchmarks.architecture import WORLD, Found, alone, compared, measure, on_ranks
+from benchmarks.bench import Shape, arguments, batches, headline, parse, this_device, timed, write
 from runtime.config import OptimConfig, ParallelConfig
 from runtime.data.loader import Batch
 from runtime.model.decoder import Decoder
@@ -108,7 +105,7 @@ def contenders(mesh: Mesh, shape: Shape, micro_batches: int) -> dict[str, Step]:
 
 def part_alone(shape: Shape, pairs: int, micro_batches: int) -> dict[str, Found]:
     with process_group(600):
-        mesh = build_mesh(plan_layout(ParallelConfig(), 1, shape.config(), shape.seq_len, 1), _device_type())
+        mesh = build_mesh(plan_layout(ParallelConfig(), 1, shape.config(), shape.seq_len, 1), this_device().type)
         both = contenders(mesh, shape, micro_batches)
         times = measure(both, batches(shape, mesh.device), pairs, alone)
     return {NAME.format("one process"): compared(times, "measured", "not measured", WISH)}
@@ -119,7 +116,7 @@ def part_ranks(shape: Shape, pairs: int, micro_batches: int) -> dict[str, Found]
         with process_group(600):
             world = dist.get_world_size()
             layout = plan_layout(ParallelConfig(), world, shape.config(), shape.seq_len, world)
-            times = _steps_of_rank(build_mesh(layout, _device_type()), shape, pairs, micro_batches)
+            times = _steps_of_rank(build_mesh(layout, this_device().type), shape, pairs, micro_batches)
     else:
         world, times = WORLD, on_ranks(_steps_of_rank, shape, pairs, micro_batches)
     return {NAME.format(f"{world} processes under FSDP"): compared(times, "measured", "not measured", WISH)}
@@ -147,37 +144,19 @@ def traffic(step: Step, shape: Shape) -> tuple[Counter[str], int]:
     return counted.calls, counted.bytes
 
 
-def _device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 PARTS = {"alone": part_alone, "ranks": part_ranks, "traffic": part_traffic}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, 40, "rounds, each with one step of both")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="all by default; under torchrun, ranks alone")
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--batch", type=int, help="sequences of a rank's step, instead of the shape's")
     parser.add_argument("--micro-batches", type=int, default=2, help="of a rank's step")
-    parser.add_argument("--pairs", type=int, default=40, help="rounds, each with one step of both")
-    parser.add_argument("--threads", type=int, help="CPU threads of the part in one process; torch's choice by default")
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    options = parser.parse_args(argv)
-    if options.pairs < 1:
-        parser.error(f"--pairs {options.pairs}: at least one round is needed")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    shape = SHAPES[options.shape]
-    if options.batch:
-        shape = Shape(**asdict(shape) | {"batch": options.batch})
-    if shape.batch % options.micro_batches:
+    options, shape = parse(parser, argv)
+    if options.micro_batches < 1 or shape.batch % options.micro_batches:
         parser.error(f"--micro-batches {options.micro_batches} does not divide a batch of {shape.batch}")
-    launched = "WORLD_SIZE" in os.environ
-    say = partial(print, flush=True) if int(os.environ.get("RANK", 0)) == 0 else lambda *_: None
-    hardware = machine(torch.device(_device_type()))
-    say(", ".join(f"{key} {value}" for key, value in hardware.items()))
-    say(f"{options.shape}: {shape}, {options.micro_batches} micro-batches")
+    launched, is_first = "WORLD_SIZE" in os.environ, int(os.environ.get("RANK", 0)) == 0
+    say = partial(print, flush=True) if is_first else lambda *_: None
+    say(f"{headline(options.shape, shape)}, {options.micro_batches} micro-batches")
     found: dict[str, Any] = {}
     for part in options.parts or (["ranks"] if launched else PARTS):
         measured = PARTS[part](shape, options.pairs, options.micro_batches)
@@ -186,9 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 middle, low, high = each["ratio"]
                 say(f"{name}: {middle:.4f}  [{low:.4f}, {high:.4f}]  wished: {each['wish']}")
         found |= measured
-    if options.json and int(os.environ.get("RANK", 0)) == 0:
-        written = {"machine": hardware, "shape": asdict(shape), "micro_batches": options.micro_batches}
-        options.json.write_text(json.dumps(written | {"measured": found}, indent=1) + "\n")
+    write(options.json if is_first else None, shape, {"micro_batches": options.micro_batches, "measured": found})
     return 0
 
 

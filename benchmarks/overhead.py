@@ -8,11 +8,8 @@ feeds the same decoder tokens from memory, with torch's own clipping and fused A
 turn, in one process; the ratio is the median over these pairs of (trainer / bare), with a bootstrap interval.
 """
 
-import argparse
-import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +21,7 @@ from torch import nn
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.throughput import SHAPES, Shape, batches, machine, ratio
+from benchmarks.bench import Shape, arguments, batches, headline, parse, ratio, timed, write
 from runtime.assembly import open_trainer
 from runtime.config import Config
 from runtime.model.decoder import Decoder
@@ -91,24 +88,8 @@ def looped(trainer: Trainer) -> Callable[[], None]:
     return steps
 
 
-def timed(action: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--pairs", type=int, default=12, help="measurements of ten steps of each")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    shape = SHAPES[options.shape]
+    options, shape = parse(arguments(__doc__, 12, f"measurements of {STEPS} steps of each"), argv)
     times: dict[str, list[float]] = {"trainer": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder, process_group(600):
         config = configuration(shape, Path(folder), STEPS * (options.pairs + 3))
@@ -120,12 +101,9 @@ def main(argv: list[str] | None = None) -> int:
                     if turn:
                         times[name].append(seconds)
     found = ratio(times["bare"], times["trainer"])
-    hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(", ".join(f"{key} {value}" for key, value in hardware.items()))
-    print(f"{options.shape}: {shape}")
+    print(headline(options.shape, shape))
     print(f"trainer / bare loop, time of {STEPS} steps: {found[0]:.4f}  [{found[1]:.4f}, {found[2]:.4f}]")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": hardware, "seconds": times, "ratio": found}, indent=1) + "\n")
+    write(options.json, shape, {"seconds": times, "ratio": found})
     return 0
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 if not __package__:  # beside this file, which has a package's name, that package would not be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.throughput import machine, ratio
+from benchmarks.bench import machine, ratio
 from runtime.model.prefix_attention import attend
 from runtime.model.streams import Prefix
 

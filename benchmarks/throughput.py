@@ -7,17 +7,11 @@ median over rounds of (their time / our time in that round), with a bootstrap in
 while is slow for both. Tokens -> loss -> backward -> clipping -> fused AdamW -> zero_grad is a step for each of them.
 """
 
-import argparse
-import json
-import platform
-import random
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -28,42 +22,13 @@ from torch.utils.checkpoint import checkpoint
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.bench import Shape, arguments, batches, headline, parse, ratio, this_device, timed, write
 from runtime.config import ParallelConfig
-from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
 from runtime.observe.devices import peak
 from runtime.parallel.float8 import apply_float8, check_available
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the model and of one batch. `recompute` keeps only each block's input."""
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    seq_len: int
-    batch: int
-    recompute: bool = False
-
-    def config(self) -> ModelConfig:
-        return ModelConfig(**{key: value for key, value in asdict(self).items() if key in ModelConfig.model_fields})
-
-
-SHAPES = {
-    "small": Shape(8, 256, 688, 4, 4, 4096, 256, 8),
-    "larger": Shape(8, 512, 1376, 8, 8, 8192, 512, 2),
-    "0.3B": Shape(24, 1024, 2816, 16, 16, 32000, 2048, 16),
-    "1B": Shape(16, 2048, 8192, 32, 8, 128256, 4096, 4),
-    "8B": Shape(32, 4096, 14336, 32, 8, 128256, 4096, 4, recompute=True),
-}
-"""The first two for a CPU in float32; the others for a GPU, parameters and optimizer state in bf16 for all contenders
-(1B and 8B are Llama 3's)."""
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """One optimizer step on tokens and targets [b, s]; the mean loss before it."""
@@ -215,22 +180,6 @@ class Result:
     seconds: list[float]
 
 
-def batches(shape: Shape, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """A few batches in turn, the same for all contenders."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(shape.vocab_size, (4, shape.batch, shape.seq_len + 1), generator=generator).to(device)
-    return cycle([(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in rows])
-
-
-def timed(step: Step, batch: tuple[Tensor, Tensor]) -> float:
-    synchronize = torch.cuda.synchronize if batch[0].is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step(*batch)
-    synchronize()
-    return time.perf_counter() - start
-
-
 def prepare(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, warmup: int) -> tuple[Step, Result]:
     """Build a contender and run it until it is compiled and its optimizer has its state."""
     on_gpu = device.type == "cuda"
@@ -257,34 +206,6 @@ def measure(names: list[str], shape: Shape, device: torch.device, dtype: torch.d
         for name in names if turn % 2 == 0 else reversed(names):
             results[name].seconds.append(timed(steps[name], batch))
     return results
-
-
-def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[float, float, float]:
-    """Median over rounds of theirs / ours, and its 95 % percentile-bootstrap interval over rounds."""
-    pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(draws))
-    return statistics.median(pairs), medians[round(0.025 * draws)], medians[round(0.975 * draws) - 1]
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What the numbers were taken on."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":")[1].strip() if names else processor
-    found = {
-        "processor": processor,
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    if "transformers" in sys.modules:
-        found["transformers"] = sys.modules["transformers"].__version__
-    return found
 
 
 def report(shape: Shape, device: torch.device, dtype: torch.dtype, results: dict[str, Result]) -> dict:
@@ -319,38 +240,20 @@ def report(shape: Shape, device: torch.device, dtype: torch.dtype, results: dict
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--batch", type=int, help="sequences of a step, instead of the shape's")
-    parser.add_argument("--pairs", type=int, default=15, help="rounds, each with one step of every contender")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser = arguments(__doc__, 15, "rounds, each with one step of every contender")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    options = parser.parse_args(argv)
-    if options.pairs < 1:
-        parser.error(f"--pairs {options.pairs}: at least one round is needed")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options, shape = parse(parser, argv)
     for name in options.contenders:
         if "float8" in name:
             try:
                 check_available(ParallelConfig(float8="rowwise"))
             except ValueError as error:
                 parser.error(f"--contenders {name}: {error}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = SHAPES[options.shape]
-    if options.batch:
-        shape = Shape(**asdict(shape) | {"batch": options.batch})
-    results = measure(options.contenders, shape, device, dtype, options.pairs)
-    hardware = machine(device)
-    print(", ".join(f"{key} {value}" for key, value in hardware.items()))
-    print(f"{options.shape}: {shape}")
-    found = report(shape, device, dtype, results)
-    if options.json:
-        options.json.write_text(
-            json.dumps({"machine": hardware, "shape": asdict(shape), "dtype": str(dtype)} | found, indent=1) + "\n"
-        )
+    dtype = torch.bfloat16 if this_device().type == "cuda" else torch.float32
+    results = measure(options.contenders, shape, this_device(), dtype, options.pairs)
+    print(headline(options.shape, shape))
+    found = report(shape, this_device(), dtype, results)
+    write(options.json, shape, {"dtype": str(dtype), **found})
     return 0
 
 

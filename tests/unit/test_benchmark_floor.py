@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.bench import SHAPES
 from benchmarks.floor import CALLERS, Floor, floors, table, term_of
-from benchmarks.throughput import SHAPES
 from runtime.model.counts import count, flops_per_token
 
 SMALL = SHAPES["small"]

@@ -1,0 +1,134 @@
+"""What the benchmarks share: shapes, the options of a command, batches, times, ratios, and a machine's description."""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and of one batch. `recompute` keeps only each block's input."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    seq_len: int
+    batch: int
+    recompute: bool = False
+
+    def config(self) -> ModelConfig:
+        return ModelConfig(**{key: value for key, value in asdict(self).items() if key in ModelConfig.model_fields})
+
+
+SHAPES = {
+    "tiny": Shape(4, 64, 176, 2, 2, 256, 64, 2),
+    "small": Shape(8, 256, 688, 4, 4, 4096, 256, 8),
+    "larger": Shape(8, 512, 1376, 8, 8, 8192, 512, 2),
+    "0.3B": Shape(24, 1024, 2816, 16, 16, 32000, 2048, 16),
+    "1B": Shape(16, 2048, 8192, 32, 8, 128256, 4096, 4),
+    "8B": Shape(32, 4096, 14336, 32, 8, 128256, 4096, 4, recompute=True),
+}
+"""The first three for a CPU in float32, one of them to try a command; the others for a GPU in bf16 (1B and 8B are
+Llama 3's)."""
+
+
+def arguments(document: str, pairs: int, counted: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; `counted`: what there are `pairs` of by default."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--batch", type=int, help="sequences of a step, instead of the shape's")
+    parser.add_argument("--pairs", type=int, default=pairs, help=f"{counted} (default: {pairs})")
+    parser.add_argument("--threads", type=int, help="CPU threads of one process; torch's choice by default")
+    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Shape]:
+    """The options, and the shape with its batch; sets the threads."""
+    options = parser.parse_args(argv)
+    for name in ("pairs", "batch", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: accepted are whole numbers from 1 on")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shape = SHAPES[options.shape]
+    return options, replace(shape, batch=options.batch) if options.batch else shape
+
+
+def this_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def headline(name: str, shape: Shape) -> str:
+    """Two lines: the machine, and the shape of this name."""
+    return ", ".join(f"{key} {value}" for key, value in machine(this_device()).items()) + f"\n{name}: {shape}"
+
+
+def write(path: Path | None, shape: Shape, content: Mapping[str, Any]) -> None:
+    """What was measured, with the machine and the shape, if there is a path for it."""
+    if path is not None:
+        written = {"machine": machine(this_device()), "shape": asdict(shape), **content}
+        path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+def batches(shape: Shape, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few batches in turn, the same for all contenders."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(shape.vocab_size, (4, shape.batch, shape.seq_len + 1), generator=generator).to(device)
+    return cycle([(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in rows])
+
+
+def timed(action: Callable[..., Any], batch: tuple[Tensor, ...] = ()) -> float:
+    """Seconds of one call, by the wall's clock."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    action(*batch)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """Median over rounds of theirs / ours, and its 95 % percentile-bootstrap interval over rounds."""
+    pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(pairs, k=len(pairs))) for _ in range(draws))
+    return statistics.median(pairs), medians[round(0.025 * draws)], medians[round(0.975 * draws) - 1]
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the numbers were taken on."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":")[1].strip() if names else processor
+    found = {
+        "processor": processor,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    if "transformers" in sys.modules:
+        found["transformers"] = sys.modules["transformers"].__version__
+    return found
