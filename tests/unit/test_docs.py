@@ -94,7 +94,11 @@ def test_keys_named_in_the_text_exist(page):
 
 
 def options(path: Path) -> set[str]:
-    return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', path.read_text()))
+    """Those that a script adds itself, and with `arguments` those that all benchmarks have."""
+    text = path.read_text()
+    if re.search(r"from benchmarks\.bench import .*\barguments\b", text):
+        text += (ROOT / "benchmarks" / "bench.py").read_text()
+    return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', text))
 
 
 SCRIPTS = {ids(path): options(path) for path in (*ROOT.glob("launch/*.py"), *ROOT.glob("benchmarks/*.py"))}
