@@ -190,18 +190,18 @@ def extrapolation(fits: Sequence[Fit], compute: float) -> float:
 
 
 def reach(fits: Sequence[Fit], compute: float) -> tuple[Verdict, ...]:
-    """A warning for each law that is extrapolated far, a failure beyond what is trusted."""
-    found = []
+    """A warning for laws that are extrapolated far, a failure beyond what is trusted; laws of equal reach as one."""
+    quantities: dict[float, list[str]] = {}
     for fit in fits:
-        factor = extrapolation([fit], compute)
-        if factor > WARNS:
-            level = "failure" if factor > REFUSES else "warning"
-            found.append(
-                Verdict(
-                    level,
-                    "extrapolation",
-                    f"{compute:.3g} FLOPs are {factor:.3g} times the most that the law of {fit.quantity} was fitted "
-                    f"to, {fit.spans['C'][1]:.3g}",
-                )
-            )
-    return tuple(found)
+        if "C" in fit.spans:
+            quantities.setdefault(fit.spans["C"][1], []).append(fit.quantity)
+    return tuple(
+        Verdict(
+            "failure" if compute / largest > REFUSES else "warning",
+            "extrapolation",
+            f"{compute:.3g} FLOPs are {compute / largest:.3g} times the most that the law of {' and of '.join(names)} "
+            f"was fitted to, {largest:.3g}",
+        )
+        for largest, names in quantities.items()
+        if compute / largest > WARNS
+    )
