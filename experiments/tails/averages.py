@@ -50,11 +50,16 @@ def _tokens(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
+def beside(folder: Path, suffix: str) -> Path:
+    """A path next to a run's folder, whose name ends in a rate and a seed and has no suffix to be replaced."""
+    return folder.with_name(f"{folder.name}.{suffix}")
+
+
 def _average(size: str, run: Arm, folder: Path, weights: str) -> float:
-    kept = folder.with_suffix(".averages.json")
+    kept = beside(folder, "averages.json")
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if weights not in known:
-        out = folder.with_suffix(".average")
+        out = beside(folder, "average")
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "launch/merge.py", *map(str, parts(size, folder)), str(out)]
         done = subprocess.run(

@@ -169,3 +169,8 @@ def test_docstrings_are_those_of_modules_classes_and_functions(tmp_path):
     assert docstrings(path) == "One.\n\nTwo.\n\nThree."
     path.write_text("def broken(:\n")
     assert docstrings(path) == ""
+
+
+def test_averages_of_each_seed_are_kept_apart():
+    folders = [Store("tails", "cpu").path(tails.stable("cpu", 4e-3, seed)).with_suffix("") for seed in range(3)]
+    assert len({averages.beside(each, "averages.json") for each in folders}) == 3
