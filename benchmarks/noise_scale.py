@@ -11,7 +11,7 @@ Parts:
 
 A step is the trainer's: forward and backward of each micro-batch, the norm of the gradient, clipping, and AdamW. Both
 contenders take it in turn in one process, in rounds that alternate the order, and the ratio is the median over rounds
-of the times of that round, with a bootstrap interval; beside it stands the ratio of each one's fastest quarter of steps.
+of the times of that round, with a bootstrap interval; beside it stands the ratio of each one's fastest quarter.
 One process on one CPU thread is timed by the processor's clock, all else by the wall's.
 """
 
