@@ -96,7 +96,7 @@ def test_keys_named_in_the_text_exist(page):
 def options(path: Path) -> set[str]:
     """Those that a script adds itself, and with `arguments` those that all benchmarks have."""
     text = path.read_text()
-    if re.search(r"from benchmarks\.bench import .*\barguments\b", text):
+    if re.search(r"from benchmarks\.bench import [\s(\w,]*\barguments\b", text):
         text += (ROOT / "benchmarks" / "bench.py").read_text()
     return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', text))
 
