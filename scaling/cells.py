@@ -81,7 +81,10 @@ def _ways(table: RunTable, name: str) -> list[np.ndarray]:
     if name in TEXTS:
         return [table.frame[name].fillna("").to_numpy(dtype=str)]
     values = table.numbers(name)
-    return [values, values / table.numbers("lr")] if name == "final_lr" and table.has("lr") else [values]
+    if name != "final_lr" or not table.has("lr"):
+        return [values]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a rate of zero has no shares
+        return [values, values / table.numbers("lr")]
 
 
 def _fewest(levels: Sequence[np.ndarray]) -> np.ndarray:
