@@ -1,7 +1,7 @@
 """What the options of the architecture cost: time of a step with and without each, and memory of tied models.
 
     python benchmarks/architecture.py --shape small --pairs 20 --threads 1
-    python benchmarks/architecture.py --parts options --pairs 100 --threads 1
+    python benchmarks/architecture.py --parts norm_scaling mup own_norms --pairs 100 --threads 1
     python benchmarks/architecture.py --parts fsdp memory
 
 Parts:
@@ -9,7 +9,7 @@ Parts:
     tied      half as many blocks, each used twice, against the untied model of the same depth, one process
     streams   forward and backward of the blocks with P streams, against P times those of one stream
     prefix    padding the queries by the prefix's length, against our attention (prefix_attention.py), on a CPU
-    options   norm_scaling, muP, and own norms of tied depths, each against the same model without
+    norm_scaling, mup, own_norms    each option against the same model without
     fsdp      as tied, on two processes that shard the model, on one core each
     memory    bytes of parameters, gradients and moments that a rank holds on two processes, by blocks of one depth
 
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ from runtime.parallel.mesh import build as build_mesh
 from runtime.parallel.parallelize import materialize, parallelize
 from runtime.parallel.shards import local
 
+OPTIONS = "norm_scaling", "mup", "own_norms"
 LOOPS = 2
 STREAMS = (2, 4)
 PREFIX_LENGTH = 256
@@ -197,19 +199,15 @@ def part_prefix(shape: Shape, device: torch.device, pairs: int) -> dict[str, Fou
     return found
 
 
-def part_options(shape: Shape, device: torch.device, pairs: int) -> dict[str, Found]:
-    models = {
-        "plain": changed(shape, init="normal"),
-        "norm_scaling": changed(shape, init="normal", norm_scaling="depth"),
-        "muP": with_mup(shape),
-        "tied": tied(shape),
-        "tied, own norms": tied(shape, own_norms=True),
-    }
-    contenders = {name: Step(config, device) for name, config in models.items()}
+def part_option(option: str, shape: Shape, device: torch.device, pairs: int) -> dict[str, Found]:
+    other, without, changed_to = {
+        "norm_scaling": ("plain", changed(shape, init="normal"), changed(shape, init="normal", norm_scaling="depth")),
+        "mup": ("plain", changed(shape, init="normal"), with_mup(shape)),
+        "own_norms": ("tied", tied(shape), tied(shape, own_norms=True)),
+    }[option]
+    contenders = {name: Step(config, device) for name, config in ((other, without), (option, changed_to))}
     times = measure(contenders, batches(shape, device), pairs, alone)
-    against = {"norm_scaling": "plain", "muP": "plain", "tied, own norms": "tied"}
-    wish = "below 1.01"
-    return {f"{name} / {other}, a step": compared(times, name, other, wish) for name, other in against.items()}
+    return {f"{option} / {other}, a step": compared(times, option, other, "below 1.01")}
 
 
 def part_fsdp(shape: Shape, device: torch.device, pairs: int) -> dict[str, Found]:
@@ -275,7 +273,7 @@ PARTS = {
     "tied": part_tied,
     "streams": part_streams,
     "prefix": part_prefix,
-    "options": part_options,
+    **{option: partial(part_option, option) for option in OPTIONS},
     "fsdp": part_fsdp,
     "memory": part_memory,
 }

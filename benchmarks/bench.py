@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.host_memory import keep_freed_memory
 from runtime.model.config import ModelConfig
 
 
@@ -62,7 +63,7 @@ def arguments(document: str, pairs: int, counted: str) -> argparse.ArgumentParse
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Shape]:
-    """The options, and the shape with its batch; sets the threads."""
+    """The options, and the shape with its batch; sets the threads, and keeps freed memory as the trainer does."""
     options = parser.parse_args(argv)
     for name in ("pairs", "batch", "threads"):
         value = getattr(options, name)
@@ -70,6 +71,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
             parser.error(f"--{name} {value}: accepted are whole numbers from 1 on")
     if options.threads:
         torch.set_num_threads(options.threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     shape = SHAPES[options.shape]
     return options, replace(shape, batch=options.batch) if options.batch else shape
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.batch_config import BatchConfig
@@ -69,7 +71,7 @@ def branch(trainer: "Trainer", sequences: int, tokens: int) -> tuple[float, int]
     """A `Probe`: train on from here with another batch, evaluate the held-out sets, and come back; a collective.
 
     The trainer is as before, its weights and all from a checkpoint of this moment. The loss is NaN where that cannot be
-    written, and where the ranks agreed to stop on the way.
+    written, where the ranks agreed to stop on the way, and where the branch diverged.
     """
     saved = trainer.persistence.store.newest() if trainer.save(wait=True) else None
     if saved is None or not saved.startswith(checkpoint_name(trainer.state)):
@@ -78,16 +80,25 @@ def branch(trainer: "Trainer", sequences: int, tokens: int) -> tuple[float, int]
     tried = {"event": "batch_change", "tokens": here.clock.tokens, "sequences": sequences}
     reporter.console.say(f"trying batches of {sequences:,} sequences for {tokens:,} tokens")
     with reporter.throughput.paused():
-        trainer.state, trainer.trying = copy.deepcopy(here), True
+        trainer.state, trainer.trying = copy.deepcopy(here), []
         trainer.timetable = build_timetable(trainer.config, [*here.events, tried])
         while trainer.state.clock.tokens < here.clock.tokens + tokens and trainer.step():
             pass
         loss, flops = _held_out(trainer), trainer.state.flops - here.flops
-        trainer.state, trainer.timetable, trainer.trying = here, timetable, False
+        if has_diverged([bool(skip) for skip in trainer.trying], trainer.config.guard.max_consecutive):
+            loss = math.nan
+        trainer.state, trainer.timetable, trainer.trying = here, timetable, None
         with trainer.watchdog.suspended():
             trainer.persistence.load(saved)
         reporter.restore(here.clock.tokens)
     return loss, flops
+
+
+def has_diverged(skipped: Sequence[bool], most: int) -> bool:
+    """Whether so many of a branch's steps in a row, or all of them, never reached the weights: its loss then tells of
+    weights that did not go along."""
+    longest = max((len(list(run)) for skip, run in groupby(skipped) if skip), default=0)
+    return longest >= min(most, len(skipped))
 
 
 def _held_out(trainer: "Trainer") -> float:

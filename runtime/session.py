@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from runtime.checkpoint.store import CheckpointStore
 from runtime.config import Config
+from runtime.host_memory import keep_freed_memory
 from runtime.inputs import Inputs, open_inputs
 from runtime.lock import RunLock
 from runtime.observe.metrics import finish_wandb
@@ -76,6 +77,8 @@ def open_session(configs: Sequence[Config], text: str, law: dict[str, Any] | Non
     """
     started = time.monotonic()
     config = configs[0]
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))

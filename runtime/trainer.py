@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 
+from torch import Tensor
+
 from runtime.batch_control import branch, decide
 from runtime.checkpoint.retention import parse
 from runtime.clock import is_due
@@ -73,7 +75,7 @@ class Trainer:
         self.pieces = Pieces(self.decoder, self.mesh) if self.config.noise_scale.enabled else None
         self._first_step = self.state.clock.step
         self._halted: Outcome | None = None
-        self.trying = False
+        self.trying: list[Tensor] | None = None  # whether each step of a branch that is being tried was skipped
         self._saved = checkpoint_name(self.state) if self.resumed else None
         self.persistence.store.on_event = lambda event: self.reporter.checkpoint(self.state, event)
 
@@ -126,7 +128,7 @@ class Trainer:
         sequences = settings.sequences
         self.report_batch(sequences)
         self.watchdog.beat(state.clock.step + 1, "data")
-        if not self.trying:
+        if self.trying is None:
             self.reporter.profiler.before(state.clock.step + 1)
         first_sample = state.next_position(sequences)
         micro_batches = self.fetch(first_sample)
@@ -134,7 +136,7 @@ class Trainer:
         loops = self.sampled_loops()
         self.optimizer.set_learning_rate(settings.lr)
         self.optimizer.couple(settings.beta2, settings.weight_decay)
-        health = self.begin_health(micro_batches[0]) if self.health_is_due() and not self.trying else None
+        health = self.begin_health(micro_batches[0]) if self.health_is_due() and self.trying is None else None
 
         result = train_step(
             self.decoder,
@@ -154,7 +156,8 @@ class Trainer:
             self.ema.update(sequences * seq_len, result.skip)
         flops = flops_per_token(config.model, seq_len, loops) * sequences * seq_len
         state.advance(first_sample, sequences, seq_len, flops)
-        if self.trying:
+        if self.trying is not None:
+            self.trying.append(result.skip)
             return True
         self.reporter.step(state, first_sample, settings, flops, result, loops)
         self.reporter.end_profile(state.clock.step)
@@ -292,7 +295,7 @@ class Trainer:
     def out_of_time(self) -> bool:
         """Whether the budget is spent; never before a first step, or launches after launches would go nowhere."""
         budget, moved = self.config.run.max_minutes, self.state.clock.step > self._first_step
-        return budget is not None and moved and not self.trying and self.reporter.elapsed() >= budget * 60
+        return budget is not None and moved and self.trying is None and self.reporter.elapsed() >= budget * 60
 
     def save(self, *, wait: bool = False, retain: bool = True) -> bool:
         """A checkpoint of this boundary, unless there is one; with `wait`, whether it is there for good."""

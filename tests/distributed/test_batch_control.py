@@ -1,6 +1,7 @@
 """Runs whose batch follows what they measure."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.assembly import open_trainer
 from runtime.checkpoint.unsharded import open_unsharded
 from runtime.observe.jsonl import Row, read_rows
-from tests.corpus import write_corpus
+from tests.corpus import tiny_run, write_corpus
 from tests.distributed.test_trainer import BATCH, EXACT, column, launch, poisoned_launch
 from tests.workers import run_workers
 
@@ -31,6 +33,7 @@ def train(
     processes: int,
     batch: dict[str, Any],
     others: Mapping[str, Any] = MappingProxyType({}),
+    work: Callable[[int, Path, dict[str, dict[str, Any]]], str] = launch,
     **run: Any,
 ) -> tuple[list[Row], list[Row]]:
     """A run's rows, and its events that tell of the batch."""
@@ -41,7 +44,7 @@ def train(
         "checkpoint": {"every": 4 * BATCH, "keep_last": 9},
         **others,
     }
-    assert run_workers(launch, processes, folder, sections) == ["finished"] * processes
+    assert run_workers(work, processes, folder, sections) == ["finished"] * processes
     rows = [read_rows(folder / "runs" / name / f"{table}.jsonl") for table in ("metrics", "events")]
     return rows[0], [row for row in rows[1] if row["event"].startswith("batch_")]
 
@@ -113,6 +116,28 @@ def test_a_branch_that_does_as_well_is_taken(folder):
     rows, events = train(folder, "taken", 2, {"kind": "branch_probe", "branch_probe": probe, "control": control})
     assert [(event["tokens"], event["sequences"]) for event in events] == [(8 * BATCH, 32)], "then none is allowed"
     assert column(rows, "batch_tokens")[7:9] == [BATCH, 4 * BATCH]
+
+
+def launch_with_larger_batches_poisoned(rank: int, folder: Path, sections: dict[str, dict[str, Any]]) -> str:
+    """A launch in which every step of a branch of larger batches is skipped."""
+    with open_trainer(tiny_run(folder, **sections), "") as trainer:
+        judge = trainer.guard.judge
+
+        def poisoned(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+            sequences = trainer.timetable.at(trainer.state.clock.tokens).sequences
+            return judge(loss * math.nan if sequences > 8 else loss, grad_norm)
+
+        trainer.guard.judge = poisoned
+        return str(trainer.run())
+
+
+def test_a_branch_whose_steps_were_skipped_is_not_taken(folder):
+    """Weights that did not move are within any tolerance."""
+    probe = {"tokens": 4 * BATCH, "tolerance": 9.0}
+    batch = {"kind": "branch_probe", "branch_probe": probe, "control": {"largest": 16, "every": 8 * BATCH}}
+    _, events = train(folder, "skipping", 1, batch, work=launch_with_larger_batches_poisoned)
+    assert [(event["event"], event["losses"]["2"]) for event in events] == [("batch_kept", None)] * 2
+    assert all(event["losses"]["1"] > 0 for event in events)
 
 
 def test_without_a_checkpoint_to_come_back_to_nothing_is_tried(folder):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.batch_control import has_diverged
 from schedulers.control import Bounds, critical_multiple, evidence, next_size, noise_multiple, norm_test_target
 from schedulers.noise_scale import Moments, NoiseScale
 
@@ -98,3 +99,18 @@ def test_targets_grow_with_the_noise_scale(noise_scale, sequences, eta, debiased
 )
 def test_the_critical_batch_is_where_branches_begin_to_lose(losses, multiple):
     assert critical_multiple(losses, 0.01) == multiple
+
+
+@pytest.mark.parametrize(
+    ("skipped", "diverged"),
+    [
+        ([], True),
+        ([True, True], True),
+        ([True, False], False),
+        ([True, True, False, True, True], False),
+        ([False, True, True, True, False], True),
+    ],
+    ids=str,
+)
+def test_a_branch_diverges_as_a_run_does_or_by_never_moving(skipped, diverged):
+    assert has_diverged(skipped, 3) == diverged
