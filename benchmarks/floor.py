@@ -146,7 +146,7 @@ def measure(shape: Shape, device: torch.device, is_compiled: bool, rounds: int) 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     parallel = ParallelConfig(recompute="full" if shape.recompute else "none", compile=is_compiled)
     mesh = build_mesh(plan_layout(parallel, 1, shape.config(), shape.seq_len, 1), device.type)
-    step = Step(shape, mesh, 1, is_measured=False, parallel=parallel)
+    step = Step(shape, mesh, 1, parallel)
     source = batches(shape, device)
     for _ in range(WARMUP):
         step(*next(source))
