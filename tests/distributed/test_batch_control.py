@@ -136,8 +136,8 @@ def test_a_branch_whose_steps_were_skipped_is_not_taken(folder):
     probe = {"tokens": 4 * BATCH, "tolerance": 9.0}
     batch = {"kind": "branch_probe", "branch_probe": probe, "control": {"largest": 16, "every": 8 * BATCH}}
     _, events = train(folder, "skipping", 1, batch, work=launch_with_larger_batches_poisoned)
-    assert [(event["event"], event["losses"]["2"]) for event in events] == [("batch_kept", None)] * 2
-    assert all(event["losses"]["1"] > 0 for event in events)
+    assert [event["event"] for event in events] == ["batch_kept"] * 2
+    assert [set(event["losses"]) for event in events] == [{"1"}] * 2, "the other has no loss"
 
 
 def test_without_a_checkpoint_to_come_back_to_nothing_is_tried(folder):
