@@ -35,6 +35,8 @@ def load(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
         frame, odd = _parse(path, data)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, csv.Error) as error:
         raise ValueError(f"{path}: not a table that can be read: {str(error).strip()}") from None
+    for name in frame.columns[frame.dtypes == object]:
+        frame[name] = frame[name].map(_scalar)
     odd.columns = frame.columns = [str(name).strip() for name in frame.columns]
     named = [not (name.startswith("Unnamed:") or name == "") for name in frame.columns]
     frame, odd = (each.loc[:, named & ~frame.columns.duplicated()] for each in (frame, odd))
@@ -159,6 +161,12 @@ def _parquet(data: bytes) -> tuple[pd.DataFrame, pd.DataFrame]:
         if types.is_floating(field.type) and field.name in odd:
             odd[field.name] = compute.is_nan(table[field.name]).fill_null(False).to_numpy()
     return frame, odd
+
+
+def _scalar(value: Any) -> Any:
+    """A cell that can be compared: lists and objects as their JSON."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return json.dumps(value, default=str) if isinstance(value, list | dict) else value
 
 
 def _marked(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -257,6 +257,19 @@ def test_other_formats_are_the_same_table(tmp_path, suffix):
     assert table.numbers("non_embedding").tolist() == [1e8, 2e8] and table.numbers("lr").tolist() == [1e-3, 2e-3]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_list_in_a_cell_is_a_text(tmp_path, suffix):
+    rows = pd.DataFrame({"N": [1e8, 2e8, 2e8], "D": 1e9, "loss": [3.0, 2.9, 2.9], "betas": [[0.9, 0.95]] * 3})
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".parquet":
+        rows.to_parquet(path)
+    else:
+        rows.to_json(path, orient="records", lines=suffix == ".jsonl")
+    table = read([path])
+    assert table.frame["betas"].tolist() == ["[0.9, 0.95]"] * 3
+    assert table.frame["labels"].tolist() == [None, None, "duplicate of an earlier row"]
+
+
 def test_a_folder_of_tables_is_one_table(tmp_path):
     csv(tmp_path, "N,D,loss\n1e8,1e9,3\n", "a.csv")
     csv(tmp_path, "N,tokens,loss\n2e8,1e9,2.9\n", "b.csv")
