@@ -35,7 +35,7 @@ def load(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
         frame, odd = _parse(path, data)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, csv.Error) as error:
         raise ValueError(f"{path}: not a table that can be read: {str(error).strip()}") from None
-    for name in frame.columns[frame.dtypes == object]:
+    for name in frame.select_dtypes(object):
         frame[name] = frame[name].map(_scalar)
     odd.columns = frame.columns = [str(name).strip() for name in frame.columns]
     named = [not (name.startswith("Unnamed:") or name == "") for name in frame.columns]

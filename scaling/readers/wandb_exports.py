@@ -15,6 +15,11 @@ from scaling.readers.mapping import SIZES, guess, numbers
 
 AXES = ("_step", "step", "global_step", "trainer/global_step", "train/global_step", "iteration", "tokens")
 RUN_NAMES = ("run", "runid", "runname", "name", "id", "expname", "experiment", "displayname")
+SET_ONCE = ("lr", "batch_sequences", "batch_tokens", "seed")
+"""Columns in which runs of one size differ; in a log each has one value a step."""
+RISES, FALLS = 1 / 3, 0.1
+"""Of a log's rows at least this share lies at a later step than the one before, and at most this at an earlier one:
+rows of one step are written apart, and resumes go back."""
 _WIDE = re.compile(r"^(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
 
 
@@ -24,21 +29,33 @@ def is_wide(names: list[str]) -> bool:
 
 
 def is_long(frame: pd.DataFrame) -> bool:
-    """Whether a table has one row a logged step, and not one a run: an axis of steps along which each run goes, and no
-    size that changes on the way."""
+    """Whether a table has one row a logged step, and not one a run: an axis of steps along which each run goes, no size
+    that changes on the way, and no rate, batch or seed that differs at one step."""
     lower = {name.strip().lower() for name in frame.columns}
     axis = next((name for name in frame.columns if name.strip().lower() in AXES[:-1]), None)
     if axis is None or not ("_step" in lower or candidates(frame.columns)):
         return False
-    names = _run_names(frame)
-    groups = [group for _, group in frame.groupby(names[0], sort=False)] if names else [frame]
-    if max(map(len, groups)) < 2:
+    steps, names = numbers(frame[axis]), _run_names(frame)
+    groups = [np.asarray(rows) for rows in frame.groupby(names[0], sort=False).indices.values()] if names else []
+    groups = groups or [np.arange(len(frame))]
+    if steps is None or not _goes_on([steps[rows] for rows in groups]):
         return False
-    sizes = guess(frame, {}, "", with_loss=False).frame
-    varying = [
-        name for name in SIZES if name in sizes and any(sizes[name][each.index].nunique() > 1 for each in groups)
-    ]
-    return not varying
+    known = guess(frame, {}, "", with_loss=False).frame
+    if any(known[name].iloc[rows].nunique() > 1 for name in SIZES if name in known for rows in groups):
+        return False
+    at = pd.Series(steps)
+    return not any(
+        (known[name].iloc[rows].groupby(at[rows].to_numpy()).nunique() > 1).any()
+        for name in SET_ONCE
+        if name in known
+        for rows in groups
+    )
+
+
+def _goes_on(runs: list[np.ndarray]) -> bool:
+    """Whether steps, an array a run, are those of logs."""
+    moves = np.concatenate([np.diff(each[np.isfinite(each)]) for each in runs])
+    return moves.size > 0 and np.mean(moves > 0) >= RISES and np.mean(moves < 0) <= FALLS
 
 
 def _run_names(frame: pd.DataFrame) -> list[str]:

@@ -109,6 +109,14 @@ def test_a_long_export_is_sparse_and_may_hold_many_runs(tmp_path):
     assert table.frame["loss_kind"][0] == "held-out (val/loss)"
 
 
+def test_rows_of_one_step_and_a_resume_are_a_log_still(tmp_path):
+    steps = np.repeat([*range(1, 801), *range(700, STEPS + 1)], 2)
+    frame = pd.DataFrame({"step": steps, "lr": 1e-3, "loss": np.repeat(losses(len(steps) // 2), 2)})
+    frame.loc[1::2, "loss"] = np.nan
+    frame.to_csv(tmp_path / "log.csv", index=False)
+    assert read([tmp_path / "log.csv"]).numbers("steps").tolist() == [STEPS]
+
+
 def test_a_wide_export_has_a_run_a_column(tmp_path):
     frame = pd.DataFrame({"Step": np.arange(1, STEPS + 1)})
     for run, end in (("big - lr 1e-3", 2.5), ("<b>small</b>", 2.9)):

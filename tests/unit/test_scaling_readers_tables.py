@@ -317,3 +317,31 @@ def test_a_table_of_runs_with_their_last_step_is_no_log(tmp_path):
     assert table.numbers("loss").tolist() == [3.0, 2.9, 2.8]
     table = columns(tmp_path, run=["a", "b", "c"], step=[100, 200, 300], D=[1e9] * 3, loss=[3.0, 2.9, 2.8])
     assert len(table) == 3 and table.numbers("loss").tolist() == [3.0, 2.9, 2.8]
+
+
+RATES = np.geomspace(1e-4, 1e-2, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        ([1.2e8], {"step": 5000}),
+        ([1.2e8], {"step": [5000, 4000, 3000, 5000, 5000, 2000, 5000, 1000]}),
+        ([1.2e8], {"step": [1000, 1000, 2000, 2000, 3000, 3000, 4000, 4000]}),
+        ([1.2e8, 3e8, 8e8], {"step": 5000, "batch_size": 512}),
+        ([1.2e8, 3e8, 8e8], {"_step": 5000}),
+    ],
+    ids=["one step", "stopped early", "two a step", "families", "families of an export"],
+)
+def test_a_sweep_with_a_column_of_steps_is_a_run_a_row(tmp_path, sizes, more):
+    parts = [{"name": f"size {n:g}", "params": n, "D": 2.5e9, "lr": RATES, **more, "loss": 3 + RATES} for n in sizes]
+    pd.concat([pd.DataFrame(each) for each in parts]).to_csv(tmp_path / "t.csv", index=False)
+    table = read([tmp_path / "t.csv"])
+    assert table.numbers("lr").tolist() == pytest.approx([*RATES] * len(sizes))
+    assert table.numbers("loss").tolist() == pytest.approx([*(3 + RATES)] * len(sizes))
+
+
+def test_a_sweep_of_seeds_at_one_step_is_a_run_a_row(tmp_path):
+    table = columns(tmp_path, params=[1e8] * 4, step=[10, 10, 20, 20], D=[1e9] * 4, seed=[0, 1] * 2,
+                    loss=[3.0, 3.1, 2.9, 2.8])  # fmt: skip
+    assert len(table) == 4
