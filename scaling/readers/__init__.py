@@ -10,8 +10,9 @@ import pandas as pd
 
 from scaling.columns import NAMES, TEXTS
 from scaling.readers import event_files, histories, megatron, run_directory, tables, wandb_exports
+from scaling.readers.amounts import UNITS
 from scaling.readers.derived import complete, join, unknown
-from scaling.readers.mapping import UNITS, Mapped, check_names
+from scaling.readers.mapping import Mapped, check_names
 from scaling.readers.sources import Source, find
 from scaling.table import RunTable, tidy
 

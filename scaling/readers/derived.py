@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from scaling.columns import normalised
-from scaling.readers.mapping import RATIOS, SIZES, Mapped, numbers, typical
+from scaling.readers.amounts import numbers, typical
+from scaling.readers.mapping import RATIOS, SIZES, Mapped
 
 SURELY_TOKENS = 32_768
 """A typical batch above this is one of tokens: so many sequences are in no batch."""

@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 
 from scaling.columns import COLUMNS, NAMES, TEXTS, Column, normalised
+from scaling.readers.amounts import UNITS, doubt, numbers, typical
 from scaling.readers.losses import BITS, PERPLEXITY, candidate, preferred, words
 
-UNITS = {"k": 1e3, "m": 1e6, "mm": 1e6, "b": 1e9, "bn": 1e9, "g": 1e9, "t": 1e12,
-         "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}  # fmt: skip
 LARGE = ("total", "non_embedding", "active", "tokens", "unique_tokens", "flops", "batch_tokens", "parent_tokens")
 """Columns that are counted in millions and more, so that their names may carry a unit."""
 SIZES = ("total", "non_embedding", "active")
@@ -32,6 +31,8 @@ NOT_AN_AMOUNT = frozenset((
     "throughput", "gpu", "device", "rank", "embedding", "embeddings", "emb", "vocab", "mult", "multiplier", "min",
     "final", "end", "decay", "warmup", "scale", "eval", "val", "test", "id", "type",
 ))  # fmt: skip
+MOSTLY = 0.5
+"""Share of texts from which on a column is one of texts, and not a spoiled one of numbers."""
 RATIOS = ("tokensperparam", "tokensperparameter", "tokensparamratio", "tpp", "tokenmultiplier")
 _UNIT = re.compile(
     r"^(.+?)[\s_\-./]*(?:\(|\[)?\s*(?:in[\s_]+)?(?<![A-Za-z])(k|mm?|bn?|g|t|thousand|million|billion|trillion)s?\s*[)\]]?$",
@@ -39,9 +40,6 @@ _UNIT = re.compile(
 )
 _PF_DAYS = re.compile(r"^(.+?)[\s_\-(\[]*(pf[\s_-]*days?|petaflop[/\s_-]*s[/\s_-]*days?)\s*[)\]]?$", re.I)
 TIMES = re.compile(r"^(.*\S)\s*([*/])\s*([0-9.eE+-]+)$")
-_COUNT = re.compile(
-    r"^\s*([0-9][0-9,_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*(k|m|b|bn|t|)\s*(?:params|parameters|tokens)?\s*$", re.I
-)
 
 
 @dataclass
@@ -52,7 +50,9 @@ class Mapped:
     mapping: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
-    """Column to why a name that would fit it was not taken."""
+    """Column to why a name that would fit it was not taken, although it holds numbers."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Column to what a name that would fit it holds in place of numbers."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def guess(frame: pd.DataFrame, columns: Mapping[str, str], where: str, *, with_l
     for by in (BY_NAME, BY_LAST_PART, BY_SYMBOL):
         for column in wanted:
             if column.name not in found.frame:
-                used |= _take(found, frame, column, by, used)
+                used |= _take(found, frame, column, by, used, where)
     for column in wanted:
         if column.name in SOUNDS and column.name not in found.frame and column.name not in found.refusals:
             used |= _take_by_sound(found, frame, column, used, where)
@@ -96,29 +96,6 @@ def guess(frame: pd.DataFrame, columns: Mapping[str, str], where: str, *, with_l
         if name not in used:
             found.frame[f"{name} (as read)" if name in NAMES else name] = frame[name]
     return found
-
-
-def numbers(values: pd.Series, *, units: bool = False) -> np.ndarray | None:
-    """A column as floats, (rows,), NaN where empty; None if it is a column of texts. `units`: "70M" is 7e7."""
-    if pd.api.types.is_bool_dtype(values):
-        return None
-    if pd.api.types.is_numeric_dtype(values):
-        return values.to_numpy(dtype=float, na_value=np.nan)
-    texts = values.dropna().astype(str).str.strip()
-    parsed = pd.to_numeric(values, errors="coerce").astype(float)
-    missing = parsed.isna() & values.notna()
-    for index in values.index[missing]:
-        match = _COUNT.match(str(values[index]))
-        if match and (units or not match[2]):
-            parsed[index] = float(re.sub("[,_]", "", match[1])) * UNITS.get(match[2].lower(), 1.0)
-    known = int(parsed[texts.index].notna().sum()) + int(texts.str.lower().isin(("nan", "inf", "-inf", "none")).sum())
-    return parsed.to_numpy() if len(texts) and known >= 0.9 * len(texts) else None
-
-
-def typical(values: np.ndarray) -> float:
-    """The median of the finite values above zero; NaN of none."""
-    values = values[np.isfinite(values) & (values > 0)]
-    return float(np.median(values)) if values.size else float("nan")
 
 
 def _override(found: Mapped, frame: pd.DataFrame, ours: str, expression: str, where: str) -> str:
@@ -135,8 +112,9 @@ def _override(found: Mapped, frame: pd.DataFrame, ours: str, expression: str, wh
     else:
         values = numbers(frame[name], units=ours in LARGE)
         if values is None:
-            raise ValueError(f"{where}: column {name!r}, given for {ours}, holds no numbers")
+            raise ValueError(f"{where}: column {name!r}, given for {ours}, holds no numbers: {doubt(frame[name])[0]}")
         found.frame[ours] = values * factor
+        _tell_lost(found, frame[name], ours, where)
     found.mapping[ours] = expression
     if ours == "loss" and "loss_kind" not in found.frame:
         known = candidate(name)
@@ -149,13 +127,19 @@ def _override(found: Mapped, frame: pd.DataFrame, ours: str, expression: str, wh
 def _take_loss(found: Mapped, frame: pd.DataFrame, used: set[str], where: str) -> set[str]:
     """Add the loss and its kind; returns the name that was used."""
     names = [name for name in frame if name not in used and candidate(str(name)) is not None]
-    names = [name for name in names if (each := numbers(frame[name])) is not None and np.isfinite(each).any()]
+    texts = {name: doubt(frame[name])[0] for name in names if numbers(frame[name]) is None}
+    names = [name for name in names if name not in texts and np.isfinite(numbers(frame[name])).any()]
+    told = [f"{name!r} is no column of numbers ({held})" for name, held in texts.items() if held]
     try:
         loss, others = preferred(names)
     except ValueError as error:
         raise ValueError(f"{where}: {error}; say which with columns loss=NAME") from None
     if loss is None:
+        if told:
+            found.refusals["loss"] = f"{'; '.join(told)}, and no other loss is there; give columns loss=NAME"
         return set()
+    found.notes += [f"{where}: {each}" for each in told]
+    _tell_lost(found, frame[loss.name], "loss", where)
     values = numbers(frame[loss.name])
     found.frame["loss"] = np.log(values) if loss.tier == PERPLEXITY else values
     found.mapping["loss"] = f"ln({loss.name})" if loss.tier == PERPLEXITY else loss.name
@@ -169,7 +153,7 @@ def _take_loss(found: Mapped, frame: pd.DataFrame, used: set[str], where: str) -
     return {loss.name}
 
 
-def _take(found: Mapped, frame: pd.DataFrame, column: Column, by: int, used: set[str]) -> set[str]:
+def _take(found: Mapped, frame: pd.DataFrame, column: Column, by: int, used: set[str], where: str) -> set[str]:
     """Add one of our columns from the best of the names that fit it; returns the name that was used, if any."""
     for each in sorted(_candidates(frame, column, by, used), key=lambda each: each.rank):
         series = frame[each.name]
@@ -179,16 +163,34 @@ def _take(found: Mapped, frame: pd.DataFrame, column: Column, by: int, used: set
                 return {each.name}
             continue
         values = numbers(series, units=column.name in LARGE)
-        if values is None or not np.isfinite(values).any():
+        if values is None:
+            _refuse_text(found, column, each.name, series)
+            continue
+        if not np.isfinite(values).any():
             continue
         if reason := _implausible(column, each, values):
             found.refusals.setdefault(column.name, reason)
             continue
         found.refusals.pop(column.name, None)
+        _tell_lost(found, series, column.name, where)
         found.frame[column.name] = values * each.unit
         found.mapping[column.name] = each.name if each.unit == 1 else f"{each.name} * {each.unit:g}"
         return {each.name}
     return set()
+
+
+def _refuse_text(found: Mapped, column: Column, name: str, values: pd.Series) -> None:
+    """Keep why a column of texts was not taken: one that holds numbers as well may have been meant."""
+    held, share = doubt(values, units=column.name in LARGE)
+    if held:
+        reasons = found.refusals if share < MOSTLY else found.texts
+        reasons.setdefault(column.name, f"{name!r} is not taken for {column.name}: it holds {held}")
+
+
+def _tell_lost(found: Mapped, values: pd.Series, ours: str, where: str) -> None:
+    """Note cells of a column that was taken in which there is no number."""
+    if held := doubt(values, units=ours in LARGE)[0]:
+        found.notes.append(f"{where}: {str(values.name)!r}, taken for {ours}, holds {held}, which are left empty")
 
 
 def _take_by_sound(found: Mapped, frame: pd.DataFrame, column: Column, used: set[str], where: str) -> set[str]:

@@ -11,17 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scaling.columns import DIVERGED, FINISHED, KILLED, RUNNING, STATUSES, normalised
+from scaling.columns import DIVERGED, FINISHED, normalised
+from scaling.readers.amounts import as_status
 from scaling.readers.derived import resolve_batch
 from scaling.readers.mapping import SIZES, TIMES, Mapped, guess
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-OUTCOMES = {
-    FINISHED: ("finished", "completed", "complete", "done", "success", "succeeded", "ok", "true", "converged"),
-    DIVERGED: ("diverged", "nan", "exploded", "unstable"),
-    KILLED: ("killed", "crashed", "failed", "interrupted", "cancelled", "canceled", "preempted", "timeout", "oom"),
-    RUNNING: ("running", "pending", "queued", "starting"),
-}
 NANS = ("nan", "NaN", "NAN", "-nan", "-NaN")
 NOT_A_NUMBER = "\0NaN"
 """What JSON's NaN is until it can be told from null no more."""
@@ -73,15 +68,9 @@ def rows(frame: pd.DataFrame, odd: pd.DataFrame, path: Path, columns: Mapping[st
     return found
 
 
-def as_status(text: Any) -> str | None:
-    """One of our statuses for what others call it; None for what is not known."""
-    word = normalised(str(text))
-    return next((status for status in STATUSES if word in OUTCOMES[status]), None)
-
-
 def _read_status(found: Mapped, frame: pd.DataFrame, odd: pd.DataFrame, labels: list[list[str]], path: Path) -> None:
-    """Statuses in our words; a run of unknown status is taken for finished, unless its loss is written as nan or inf.
-    An empty cell tells of no divergence."""
+    """Statuses in our words; a run of unknown status is taken for finished, unless its loss is written as nan or inf or
+    as a word such as "diverged" or "oom". An empty cell tells of no divergence."""
     ours = found.frame
     statuses: list[str | None] = [None] * len(ours)
     if "status" in ours:
@@ -96,7 +85,13 @@ def _read_status(found: Mapped, frame: pd.DataFrame, odd: pd.DataFrame, labels: 
             statuses = [DIVERGED if each else status for each, status in zip(truth, statuses, strict=True)]
     if "loss" in ours:
         infinite = np.isinf(ours["loss"].to_numpy(dtype=float))
-        written = odd[[name for name in odd if _is_read_from(found.mapping["loss"], name)]].any(axis=1).to_numpy()
+        names = [name for name in odd if _is_read_from(found.mapping["loss"], name)]
+        for k, cells in enumerate(frame[names].to_numpy(dtype=object)):
+            said = next((as_status(each) for each in cells if isinstance(each, str)), None)
+            if said not in (None, FINISHED) and statuses[k] in (None, FINISHED):
+                statuses[k] = said
+                labels[k].append(f"its loss says {said}")
+        written = odd[names].any(axis=1).to_numpy()
         for k in np.flatnonzero(infinite | written):
             if statuses[k] in (None, FINISHED):
                 statuses[k] = DIVERGED
@@ -115,15 +110,17 @@ def _odd_loss(loss: float) -> str:
 
 
 def _refuse_unreadable(found: Mapped, path: Path) -> None:
-    """ValueError where a size or the tokens were refused and nothing else stands in for them."""
+    """ValueError where the loss, a size or the tokens were refused and nothing else stands in for them."""
     frame, refused = found.frame, found.refusals
     has_size = any(name in frame for name in SIZES)
     has_tokens = "tokens" in frame or ("flops" in frame and has_size) or {"steps", "batch_tokens"} <= set(frame)
+    if "loss" in refused:
+        raise ValueError(f"{path}: {refused['loss']}")
     wanted = ([] if has_size else list(SIZES)) + ([] if has_tokens else ["tokens", "flops"])
     for name in wanted:
         if name in refused:
             raise ValueError(f"{path}: {refused[name]}")
-    found.notes += [f"{path}: {reason}" for name, reason in refused.items() if name not in frame]
+    found.notes += [f"{path}: {each}" for name, each in (refused | found.texts).items() if name not in frame]
 
 
 def _parse(path: Path, data: bytes) -> tuple[pd.DataFrame, pd.DataFrame]:

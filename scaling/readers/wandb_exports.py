@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from scaling.columns import normalised
+from scaling.readers.amounts import numbers
 from scaling.readers.histories import History, Series
 from scaling.readers.losses import candidates
-from scaling.readers.mapping import SIZES, guess, numbers
+from scaling.readers.mapping import SIZES, guess
 
 AXES = ("_step", "step", "global_step", "trainer/global_step", "train/global_step", "iteration", "tokens")
 RUN_NAMES = ("run", "runid", "runname", "name", "id", "expname", "experiment", "displayname")

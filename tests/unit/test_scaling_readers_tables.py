@@ -233,6 +233,53 @@ def test_parquet_tells_nan_from_null(tmp_path):
     assert read([tmp_path / "t.parquet"]).frame["status"].tolist() == ["finished", "finished", "diverged"]
 
 
+@pytest.mark.parametrize(
+    ("cell", "status"),
+    [("diverged", "diverged"), ("NaN", "diverged"), ("inf", "diverged"), ("OOM", "killed"), ("-", "finished"),
+     ("—", "finished"), ("n/a", "finished"), ("", "finished")],
+)  # fmt: skip
+def test_a_word_for_a_loss_that_is_not_there_is_of_its_row_alone(tmp_path, cell, status):
+    losses = [cell if k % 2 else f"{3 + k / 100}" for k in range(12)]
+    table = columns(tmp_path, N=[1e8] * 12, D=[1e9] * 12, lr=range(1, 13), loss=losses)
+    assert table.frame["status"].tolist() == ["finished", status] * 6
+    assert np.isfinite(table.numbers("loss")).tolist() == [True, False] * 6
+
+
+@pytest.mark.parametrize(
+    ("cell", "number"),
+    [("3.21 ± 0.01", 3.21), ("3.21+-0.01", 3.21), ("3.21 +/- 1e-2", 3.21), (" 1,234.5 ", 1234.5), ("1_000", 1000),
+     ("-1.5e3", -1500)],
+)  # fmt: skip
+def test_a_cell_is_a_number_with_commas_or_a_margin(tmp_path, cell, number):
+    assert columns(tmp_path, N=[1e8] * 2, D=[1e9] * 2, loss=[3.0, cell]).numbers("loss")[1] == number
+
+
+def test_cells_without_a_number_are_told(tmp_path):
+    losses = ["3.0"] * 19 + ["see text"]
+    table = columns(tmp_path, N=[1e8] * 20, D=[1e9] * 20, lr=range(1, 21), loss=losses)
+    assert np.isfinite(table.numbers("loss")).sum() == 19
+    assert any("'loss', taken for loss, holds 'see text' in row 20, no number in 1 of 20" in each
+               for each in table.notes)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"N": [1e8] * 4, "loss": ["3.0", "2.9?", "2.8", "2,71"]}, r"'loss' is no column .*'2\.9\?' in row 2.* 2 of 4"),
+        ({"N": [1e8] * 4, "loss": ["a", "b", "c", "d"]}, r"'loss' is no column of numbers \('a' in row 1"),
+        ({"params": ["1e8", "1e8?", "2e8", "3e8"], "loss": [3.0] * 4}, r"'params' .*'1e8\?' in row 2.* 1 of 4 cells"),
+    ],
+)
+def test_a_column_that_is_spoiled_by_texts_is_refused_with_one_of_them(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        columns(tmp_path, D=[1e9] * 4, **values)
+
+
+def test_a_column_of_texts_with_a_name_of_ours_is_told(tmp_path):
+    table = columns(tmp_path, N=[1e8] * 2, D=[1e9] * 2, context=["short", "long"], loss=[3.0, 2.9])
+    assert any("'context' is not taken for seq_len: it holds 'short' in row 1" in each for each in table.notes)
+
+
 def test_rows_that_are_there_twice_and_odd_losses_are_labelled(tmp_path):
     table = columns(tmp_path, N=[1e8, 1e8, 2e8], D=[1e9, 1e9, 1e9], loss=[3.0, 3.0, -1.0])
     assert table.frame["labels"].tolist() == [None, "duplicate of an earlier row", "the loss is -1"]
