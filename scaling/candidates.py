@@ -37,18 +37,23 @@ class Candidate:
         return len(self.law.parameters) - len(self.fixed)
 
 
+def is_amount(values: np.ndarray) -> np.ndarray:
+    """Which values laws can be fitted to: finite and above zero."""
+    return np.isfinite(values) & (values > 0)
+
+
 def complete_rows(table: RunTable, used: np.ndarray, sizes: Sequence[str] = SIZES) -> tuple[np.ndarray, list[str]]:
     """Rows on which all candidates are compared, (rows,) of bool, and the sizes known there.
 
     A size that fewer than nine in ten of the rows know is left out rather than their rows; so is one that is another
     one times a constant, which changes no law.
     """
-    rows = used & (table.numbers("loss") > 0)
+    rows = used & is_amount(table.numbers("loss"))
     if table.has("tokens"):
-        rows = rows & (table.numbers("tokens") > 0)
+        rows = rows & is_amount(table.numbers("tokens"))
     kept: list[str] = []
     for size in sizes:
-        known = rows & (table.numbers(size) > 0) if table.has(size) else np.zeros(len(table), dtype=bool)
+        known = rows & is_amount(table.numbers(size)) if table.has(size) else np.zeros(len(table), dtype=bool)
         if not rows.any() or known.sum() < 0.9 * rows.sum():
             continue
         ratios = (table.numbers(size)[known] / table.numbers(other)[known] for other in kept)

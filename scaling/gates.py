@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from scaling.candidates import SIZES, is_amount
 from scaling.columns import FINISHED
 from scaling.readers import DUPLICATE
 from scaling.results import Verdict
@@ -26,9 +27,10 @@ def select(
 ) -> tuple[np.ndarray, tuple[Verdict, ...]]:
     """The rows that may be fitted together, (rows,) of bool, and verdicts with counts on what was left out or is odd.
 
-    Left out are runs that did not finish, duplicates, losses that are not finite and positive, and runs that differ
-    from the largest group in tokenizer, data or loss kind; `pool` names those of the three that may differ. `loss_kind`
-    takes the runs with this kind of loss alone. ValueError for a name or a kind that is not there.
+    Left out are runs that did not finish, duplicates, losses, tokens and parameters that are not finite and positive,
+    and runs that differ from the largest group in tokenizer, data or loss kind; `pool` names those of the three that
+    may differ. `loss_kind` takes the runs with this kind of loss alone. ValueError for a name or a kind that is not
+    there.
     """
     for name in pool:
         if name not in POOLED:
@@ -50,6 +52,11 @@ def select(
     loss = table.numbers("loss")
     leave_out(~np.isfinite(loss), "no-loss", "runs left out: no finite loss")
     leave_out(~(loss > 0), "non-positive", "runs left out: a loss of zero or below is no cross-entropy")
+    for name in ("tokens", *SIZES):
+        if table.has(name):
+            values = table.numbers(name)
+            odd = ~np.isnan(values) & ~is_amount(values)
+            leave_out(odd, "no-amount", f"runs left out: {name} that are not finite and above zero")
     labels = _texts(table, "labels", "")
     leave_out(np.char.find(labels, DUPLICATE) >= 0, "duplicate", "runs left out: the same run is in the table already")
     if loss_kind is not None:

@@ -38,6 +38,14 @@ def test_a_loss_that_is_no_cross_entropy_is_left_out(loss, code):
     assert kept.sum() == 11 and not kept[10] and code in codes(verdicts)
 
 
+@pytest.mark.parametrize("name", ["tokens", "total", "non_embedding", "active"])
+@pytest.mark.parametrize("value", [np.inf, 0.0, -1e9])
+def test_tokens_and_sizes_that_cannot_be_are_left_out_and_unknown_ones_are_not(name, value):
+    kept, verdicts = select(table(**{name: [1e9] * 10 + [value, np.nan]}))
+    assert kept.tolist() == [True] * 10 + [False, True]
+    assert codes(verdicts)["no-amount"].message.startswith(f"1 runs left out: {name}")
+
+
 def test_one_of_a_run_s_copies_is_kept():
     kept, verdicts = select(table(labels=[None] * 11 + ["2 launches; duplicate of /runs/a"]))
     assert kept.sum() == 11 and "duplicate" in codes(verdicts)

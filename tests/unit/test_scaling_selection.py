@@ -47,6 +47,15 @@ def test_laws_of_what_does_not_vary_are_no_candidates():
     assert "streams changes nothing" in told and "C is 6 N D" in told and "it has no term of tokens" in told
 
 
+@pytest.mark.parametrize("name", ["non_embedding", "tokens"])
+def test_an_infinite_count_takes_its_own_row_alone(name):
+    frame = ladder()
+    frame.loc[3, name] = np.inf
+    rows, found, _ = candidates(frame)
+    assert np.flatnonzero(~rows).tolist() == [3]
+    assert {"chinchilla", "farseer"} <= {each.law.name for each in found}
+
+
 def test_laws_of_what_varies_are_candidates():
     streams = np.tile([1.0, 2.0, 4.0], 12)
     found = {each.law.name for each in candidates(ladder(streams=streams))[1]}
