@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from scaling.readers.derived import resolve_batch
 from scaling.readers.mapping import SIZES, TIMES, Mapped, guess
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+COMMA, POINT = (re.compile(rf"[-+]?\d+{mark}\d+(?:[eE][-+]?\d+)?(?:\s*(?:±|\+/?-).*)?$") for mark in (",", r"\."))
+"""A number with a decimal comma, and with a decimal point."""
 NANS = ("nan", "NaN", "NAN", "-nan", "-NaN")
 NOT_A_NUMBER = "\0NaN"
 """What JSON's NaN is until it can be told from null no more."""
@@ -186,10 +189,19 @@ def _delimited(path: Path, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     if not all(character.isprintable() or character == "\t" for character in header):
         raise ValueError(f"{path}: its first line is not the header of a table")
     options = {"sep": delimiter, "skiprows": comments, "skipinitialspace": True, "low_memory": False}
-    frame = pd.read_csv(io.StringIO(text), **options)
     cells = pd.read_csv(io.StringIO(text), **options, dtype=str, keep_default_na=False)
+    has_commas = delimiter in ";\t" and _has_decimal_commas(cells)
+    frame = pd.read_csv(io.StringIO(text), **options, decimal="," if has_commas else ".")
+    if has_commas:  # those beside a word or with a margin of error
+        frame = frame.map(lambda cell: cell.replace(",", ".") if isinstance(cell, str) and COMMA.match(cell) else cell)
     odd = pd.DataFrame(np.isin(cells.to_numpy(dtype=object), NANS), index=frame.index, columns=frame.columns)
     return frame, odd
+
+
+def _has_decimal_commas(cells: pd.DataFrame) -> bool:
+    """Whether numbers are written as 3,9 and none as 3.9, beside which a comma parts thousands."""
+    texts = [str(each).strip() for each in pd.unique(cells.to_numpy(dtype=object).ravel())]
+    return any(COMMA.match(each) for each in texts) and not any(POINT.match(each) for each in texts)
 
 
 def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:

@@ -254,6 +254,29 @@ def test_a_cell_is_a_number_with_commas_or_a_margin(tmp_path, cell, number):
     assert columns(tmp_path, N=[1e8] * 2, D=[1e9] * 2, loss=[3.0, cell]).numbers("loss")[1] == number
 
 
+@pytest.mark.parametrize(
+    ("text", "losses"),
+    [
+        ("N;D;loss\n100000000;1e9;3,9039\n200000000;1e9;3,6879\n", [3.9039, 3.6879]),
+        ("N\tD\tloss\n1,0e8\t1e9\t3,904\n2,0e8\t1e9\t3,688\n", [3.904, 3.688]),
+        ("N;D;loss\n1e8;1e9;3,9039\n2e8;1e9;diverged\n", [3.9039, np.nan]),
+        ("N;D;loss\n1e8;1e9;3,9 ± 0,1\n2e8;1e9;3,7 ± 0,1\n", [3.9, 3.7]),
+        ("N;D;loss\n100,000,000;1e9;3.9\n200,000,000;1e9;3.7\n", [3.9, 3.7]),
+        ("N\tD\tloss\n100,000\t1e9\t3.9\n200,000\t1e9\t3.7\n", [3.9, 3.7]),
+    ],
+    ids=["semicolons", "tabs", "beside a word", "with margins", "thousands", "one comma a number"],
+)
+def test_a_comma_is_a_decimal_one_where_nothing_else_is(tmp_path, text, losses):
+    table = read([csv(tmp_path, text)])
+    assert table.numbers("loss") == pytest.approx(losses, nan_ok=True)
+    assert (table.numbers("non_embedding") >= 1e5).all()
+
+
+def test_a_comma_that_parts_no_thousands_is_no_number(tmp_path):
+    with pytest.raises(ValueError, match=r"'loss' is no column of numbers \('3,9039' in row 1"):
+        read([csv(tmp_path, 'N,D,loss\n1e8,1e9,"3,9039"\n2e8,1e9,"3,6879"\n')])
+
+
 def test_cells_without_a_number_are_told(tmp_path):
     losses = ["3.0"] * 19 + ["see text"]
     table = columns(tmp_path, N=[1e8] * 20, D=[1e9] * 20, lr=range(1, 21), loss=losses)
