@@ -78,7 +78,7 @@ COLUMNS = (
             "tokenstotal", "trainedtokens", "tokenstrained", "consumedtokens", "tokenbudget", "tokencount", "ntrain",
             "numtraintokens", "datasize", "datasetsize", "datatokens", "tokennum", "traindatasize", "trainsize",
         ),
-        symbols=("D", "d"), least=1e3,
+        symbols=("D", "d"), least=1e5,  # a `d` below is a width
     ),
     Column(
         "unique_tokens", "different tokens among those seen",

@@ -18,6 +18,8 @@ FEW = 8
 DECAYS = ("cosine", "linear", "wsd", "trapez", "sqrt", "decay", "anneal", "poly", "exp")
 UNDECAYED = 0.3
 """Last rate over peak above which a schedule that decays was cut."""
+DISAGREE = 10.0
+"""Factor between C and 6 N D beyond which one of the three is another thing, or in another unit."""
 SHOWN = 6
 """Kinds of labels that are named."""
 
@@ -68,7 +70,7 @@ def select(
     keys = [name for name in POOLED if name not in pool]
     _keep_largest_pool(table, keys, kept, leave_out)
     verdicts += _mixed(table, kept, pool)
-    verdicts += [*_cut(table, kept), *_labelled(labels, kept)]
+    verdicts += [*_disagreeing(table, kept), *_cut(table, kept), *_labelled(labels, kept)]
     if kept.sum() < FEW:
         level = "failure" if kept.sum() < 3 else "warning"
         verdicts.append(Verdict(level, "few", f"{int(kept.sum())} runs are left of {len(table)}: too few for a law"))
@@ -112,6 +114,26 @@ def _mixed(table: RunTable, kept: np.ndarray, pool: Sequence[str]) -> list[Verdi
                 Verdict("warning", "mixed", f"runs of {len(values)} different {name} are pooled, as asked for")
             )
     return found
+
+
+def _disagreeing(table: RunTable, kept: np.ndarray) -> list[Verdict]:
+    """A warning where C is far from 6 N D in most runs, with whatever N that is known. Runs with
+    recurrences or ancestors are not looked at, whose parameters or FLOPs count more than once."""
+    sizes = [name for name in SIZES if table.has(name)]
+    if not (sizes and table.has("flops") and table.has("tokens")):
+        return []
+    plain = kept.copy()
+    for name, least in (("recurrences", 1), ("parent_tokens", 0)):
+        if table.has(name):
+            plain &= ~(table.numbers(name) > least)
+    with np.errstate(all="ignore"):
+        ratios = [table.numbers("flops") / (6 * table.numbers(name) * table.numbers("tokens")) for name in sizes]
+        off = plain & np.all([np.abs(np.log(each)) > np.log(DISAGREE) for each in ratios], axis=0)
+    if off.sum() <= plain.sum() / 2:
+        return []
+    told = f"in {int(off.sum())} of {int(plain.sum())} runs, {np.median(ratios[0][off]):.3g} times in the median"
+    message = f"flops is not 6 * {sizes[0]} * tokens to a factor of {DISAGREE:g} {told}: one of them is another thing"
+    return [Verdict("warning", "compute", f"{message} or has another unit; see what they were read from")]
 
 
 def _cut(table: RunTable, kept: np.ndarray) -> list[Verdict]:

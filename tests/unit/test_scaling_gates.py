@@ -80,6 +80,20 @@ def test_runs_cut_in_mid_decay_warn():
     assert "mid-decay" not in codes(verdicts)
 
 
+@pytest.mark.parametrize(
+    ("factor", "more", "warns"),
+    [
+        (1.0, {}, False), (3.0, {}, False), (20.0, {}, True), (0.05, {}, True), (20.0, {"active": 2e9}, False),
+        (20.0, {"recurrences": 16}, False), (20.0, {"parent_tokens": 1e12}, False),
+        (np.where(np.arange(12) < 4, 20.0, 1.0), {}, False),
+    ],
+)  # fmt: skip
+def test_flops_that_are_far_from_6_n_d_in_most_runs_warn(factor, more, warns):
+    tokens = np.geomspace(1e9, 1e11, 12)
+    _, verdicts = select(table(total=[1e8] * 12, flops=6e8 * tokens * factor, **more))
+    assert ("compute" in codes(verdicts)) == warns
+
+
 def test_labels_of_kept_runs_are_counted():
     _, verdicts = select(table(labels=["2 launches"] * 3 + ["2 launches; 5 steps skipped"] + [None] * 8))
     assert "4 x 2 launches, 1 x 5 steps skipped" in codes(verdicts)["labels"].message

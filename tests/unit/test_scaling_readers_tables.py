@@ -144,6 +144,13 @@ def test_a_unit_that_is_not_certain_is_refused(tmp_path, values, message):
         columns(tmp_path, **values, loss=[3.0, 2.9])
 
 
+@pytest.mark.parametrize(("d", "origin"), [([1024, 2048], "C / (6 N)"), ([2e10, 4e10], "d")], ids=["a width", "tokens"])
+def test_a_small_d_is_tokens_where_it_can_be(tmp_path, d, origin):
+    table = columns(tmp_path, N=[1e8, 2e8], d=d, C=[6e18, 12e18], loss=[3.0, 2.9])
+    assert table.mapping["tokens"] == origin
+    assert table.numbers("tokens").tolist() == ([1e10, 1e10] if d[0] < 1e6 else d)
+
+
 def test_a_mapping_overrides_and_scales(tmp_path):
     path = csv(tmp_path, "size,D,loss,other\n0.07,1e9,3,2.5\n1.3,2e9,2.9,2.4\n")
     table = read([path], columns={"active": "size * 1e9", "total": "", "loss": "other"})
