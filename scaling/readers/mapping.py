@@ -13,7 +13,7 @@ import pandas as pd
 
 from scaling.columns import COLUMNS, NAMES, TEXTS, Column, normalised
 from scaling.readers.amounts import UNITS, doubt, numbers, typical
-from scaling.readers.losses import BITS, PERPLEXITY, candidate, preferred, words
+from scaling.readers.losses import BITS, PERPLEXITY, candidate, candidates, preferred, words
 
 LARGE = ("total", "non_embedding", "active", "tokens", "unique_tokens", "flops", "batch_tokens", "parent_tokens")
 """Columns that are counted in millions and more, so that their names may carry a unit."""
@@ -128,16 +128,24 @@ def _take_loss(found: Mapped, frame: pd.DataFrame, used: set[str], where: str) -
     """Add the loss and its kind; returns the name that was used."""
     names = [name for name in frame if name not in used and candidate(str(name)) is not None]
     texts = {name: doubt(frame[name])[0] for name in names if numbers(frame[name]) is None}
-    names = [name for name in names if name not in texts and np.isfinite(numbers(frame[name])).any()]
+    counts = {name: np.isfinite(numbers(frame[name])).sum() for name in names if name not in texts}
+    dense = [name for name, count in counts.items() if count and 2 * count >= max(counts.values())]
     told = [f"{name!r} is no column of numbers ({held})" for name, held in texts.items() if held]
     try:
-        loss, others = preferred(names)
+        loss, others = preferred(dense)
     except ValueError as error:
         raise ValueError(f"{where}: {error}; say which with columns loss=NAME") from None
     if loss is None:
         if told:
             found.refusals["loss"] = f"{'; '.join(told)}, and no other loss is there; give columns loss=NAME"
         return set()
+    sparse = candidates(name for name, count in counts.items() if count and name not in dense)
+    told += [
+        f"{each.name!r} is known of {counts[each.name]} rows and {loss.name!r} of {counts[loss.name]}, which is taken; "
+        f"columns loss={each.name} takes the other"
+        for each in sparse
+        if each.tier < loss.tier
+    ]
     found.notes += [f"{where}: {each}" for each in told]
     _tell_lost(found, frame[loss.name], "loss", where)
     values = numbers(frame[loss.name])

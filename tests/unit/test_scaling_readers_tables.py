@@ -104,6 +104,17 @@ def test_the_preferred_loss(names, taken):
     assert len(others) == max(len([each for each in names if candidate(each)]) - 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("held_out", "taken"), [(3, "train_loss"), (4, "train_loss"), (5, "val_loss"), (10, "val_loss")]
+)
+def test_a_held_out_loss_of_less_than_half_of_the_rows_is_not_taken_and_told(tmp_path, held_out, taken):
+    table = columns(tmp_path, N=[1e8] * 10, D=[1e9] * 10, lr=range(1, 11), train_loss=[3.0] * 10,
+                    val_loss=[2.9] * held_out + [None] * (10 - held_out))  # fmt: skip
+    assert table.mapping["loss"] == taken
+    told = f"'val_loss' is known of {held_out} rows and 'train_loss' of 10, which is taken"
+    assert any(told in note for note in table.notes) == (taken == "train_loss")
+
+
 @pytest.mark.parametrize("names", [["pile_val_loss", "c4_val_loss"], ["loss_a", "loss_b"]])
 def test_losses_that_only_their_data_tells_apart_are_not_guessed(names):
     with pytest.raises(ValueError, match=f"{names[0]}"):
