@@ -20,6 +20,8 @@ from scaling.readers.mapping import SIZES, TIMES, Mapped, guess
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 COMMA, POINT = (re.compile(rf"[-+]?\d+{mark}\d+(?:[eE][-+]?\d+)?(?:\s*(?:±|\+/?-).*)?$") for mark in (",", r"\."))
 """A number with a decimal comma, and with a decimal point."""
+DELIMITERS = ",;\t|"
+NUMBER = re.compile(r'[\s"]*[-+]?[\d.]+(?:[eE][-+]?\d+)?[kKmMbBtT]?[\s"]*')
 NANS = ("nan", "NaN", "NAN", "-nan", "-NaN")
 NOT_A_NUMBER = "\0NaN"
 """What JSON's NaN is until it can be told from null no more."""
@@ -156,6 +158,7 @@ def _parquet(data: bytes) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     table = parquet.read_table(io.BytesIO(data))
     frame = table.to_pandas()
+    frame = frame.reset_index([name for name in frame.index.names if name is not None and name not in frame])
     odd = pd.DataFrame(False, index=frame.index, columns=frame.columns)
     for field in table.schema:
         if types.is_floating(field.type) and field.name in odd:
@@ -181,9 +184,9 @@ def _constant(name: str) -> float | str:
 
 def _delimited(path: Path, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     lines = text.splitlines()
-    comments = next((k for k, line in enumerate(lines) if line.strip() and not line.startswith("# ")), 0)
+    comments = _comments(lines)
     header = lines[comments]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(DELIMITERS, key=header.count)
     if header.count(delimiter) == 0:
         delimiter = ","
     if not all(character.isprintable() or character == "\t" for character in header):
@@ -196,6 +199,18 @@ def _delimited(path: Path, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         frame = frame.map(lambda cell: cell.replace(",", ".") if isinstance(cell, str) and COMMA.match(cell) else cell)
     odd = pd.DataFrame(np.isin(cells.to_numpy(dtype=object), NANS), index=frame.index, columns=frame.columns)
     return frame, odd
+
+
+def _comments(lines: list[str]) -> int:
+    """How many lines lie before the header. A line that begins with # is one too, if it has as many cells as the first
+    line that does not, and that one has numbers."""
+    first = next((k for k, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
+    if first and first < len(lines):
+        above, row = lines[first - 1], lines[first]
+        has_numbers = any(NUMBER.fullmatch(cell) for cell in re.split(f"[{DELIMITERS}]", row))
+        if has_numbers and any(above.count(each) == row.count(each) > 0 for each in DELIMITERS):
+            return first - 1
+    return first if first < len(lines) else 0
 
 
 def _has_decimal_commas(cells: pd.DataFrame) -> bool:

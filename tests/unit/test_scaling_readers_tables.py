@@ -358,6 +358,26 @@ def test_a_list_in_a_cell_is_a_text(tmp_path, suffix):
     assert table.frame["labels"].tolist() == [None, None, "duplicate of an earlier row"]
 
 
+@pytest.mark.parametrize(
+    "before",
+    ["# params,# tokens,loss", "#params,#tokens,loss", "#exported by a tool\n# params,# tokens,loss",
+     "# exported, by a tool\nparams,tokens,loss", "#exported, by, a tool\nparams,tokens,loss",
+     "#one\n#two\n\nparams,tokens,loss", "# by a tool\n#params,#tokens,loss"],
+)  # fmt: skip
+def test_a_line_with_a_hash_is_the_header_where_it_has_the_cells_of_the_rows(tmp_path, before):
+    table = read([csv(tmp_path, f"{before}\n1e8,2e9,3\n2e8,2e9,2.9\n")])
+    assert (table.numbers("total").tolist(), table.numbers("tokens").tolist()) == ([1e8, 2e8], [2e9, 2e9])
+
+
+@pytest.mark.parametrize("index", [["N"], ["N", "D"], ["lr"]])
+def test_a_named_index_of_a_parquet_table_is_a_column(tmp_path, index):
+    frame = pd.DataFrame({"N": [1e8, 2e8], "D": [1e9, 2e9], "lr": [1e-3, 2e-3], "loss": [3.0, 2.9]})
+    frame.set_index(index).to_parquet(tmp_path / "t.parquet")
+    table = read([tmp_path / "t.parquet"])
+    found = table.frame[["non_embedding", "tokens", "lr", "loss"]]
+    assert found.to_numpy().tolist() == frame.to_numpy().tolist()
+
+
 def test_a_folder_of_tables_is_one_table(tmp_path):
     csv(tmp_path, "N,D,loss\n1e8,1e9,3\n", "a.csv")
     csv(tmp_path, "N,tokens,loss\n2e8,1e9,2.9\n", "b.csv")
