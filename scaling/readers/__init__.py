@@ -37,6 +37,7 @@ def read(
     check_names(list(columns), "columns")
     check_names(list(constants), "constants")
     parts: list[Mapped] = []
+    foreign: list[Mapped] = []
     digests: list[str] = []
     sources = find(paths)
     runs = [each for each in sources if each.kind == "run"]
@@ -44,7 +45,9 @@ def read(
         parts.append(_run_directories(runs, columns, digests))
     for source in sources:
         if source.kind != "run":
-            parts += _foreign(source, columns, digests)
+            foreign += _foreign(source, columns, digests)
+    _check_given(foreign, columns)
+    parts += foreign
     frame = pd.concat([each.frame for each in parts if len(each.frame)] or [pd.DataFrame()], ignore_index=True)
     if frame.empty:
         raise ValueError(f"{', '.join(map(str, paths))}: no runs")
@@ -114,6 +117,13 @@ def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> 
             yield from (histories.row(each, columns) for each in wandb_exports.long(frame, path))
         else:
             yield tables.rows(frame, odd, path, columns)
+
+
+def _check_given(parts: Sequence[Mapped], columns: Mapping[str, str]) -> None:
+    """ValueError for a name that was given and that none of these has."""
+    for ours in columns:
+        if parts and all(ours in each.missing for each in parts):
+            raise ValueError(parts[0].missing[ours])
 
 
 def _digest(path: Path) -> str:

@@ -1,7 +1,7 @@
 """From the logged steps of one run to its row: for event files, Weights & Biases exports and text logs alike."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,30 +55,34 @@ class History:
 
 
 def row(history: History, columns: Mapping[str, str]) -> Mapped:
-    """The row of a run, as a table of one. `columns` may name the series or the setting of any column of ours.
-
-    ValueError for a name that is neither.
-    """
+    """The row of a run, as a table of one. `columns` may name the series or the setting of any column of ours; one that
+    this run has not stays unknown, with a label and a message in `missing`."""
     series = {name: each for name, each in history.series.items() if len(each.steps)}
     cleaned = {name: each.cleaned() for name, each in series.items()}
-    labels = list(history.labels)
-    named = {ours: name for ours, name in columns.items() if name in series}
     settings = {name: value for name, value in history.settings.items() if value is not None}
-    others = {ours: name for ours, name in columns.items() if ours not in named}
-    if missing := [f"{ours}={name}" for ours, name in others.items() if name and not _is_setting(name, settings)]:
-        there = ", ".join([*series, *settings][:40])
-        raise ValueError(f"{history.source}: no series or setting for columns {', '.join(missing)}; it has: {there}")
+    named = {ours: name for ours, name in columns.items() if name in series}
+    missing = {ours: name for ours, name in columns.items()
+               if name and name not in series and not _is_setting(name, settings)}  # fmt: skip
+    others = {ours: "" if ours in missing else name for ours, name in columns.items() if ours not in named}
+    labels = [*history.labels, *(f"no {name!r} for {ours}" for ours, name in missing.items())]
     found = guess(pd.DataFrame([settings or {"": None}]), others, history.source, with_loss=False)
+    there = ", ".join([*series, *settings][:40])
+    found.missing = {
+        ours: f"{history.source}: no series or setting for columns {ours}={name}; it has: {there}"
+        for ours, name in missing.items()
+    }
     found.frame = found.frame.drop(columns=[""], errors="ignore")
     found.frame = found.frame[[name for name in found.frame if name in found.mapping]]
     resolve_batch(found, history.source)
+    put = _putter(found, {ours for ours, name in columns.items() if ours != "loss"})
+    _read_progress(history, cleaned, put)
+    _read_rates(cleaned, put)
+    if "loss" not in missing:
+        _read_loss(history, cleaned, named.get("loss"), put, labels)
     put = _putter(found)
     for ours, name in named.items():
         if ours != "loss":
             put(ours, float(cleaned[name].values[-1]), name)
-    _read_progress(history, cleaned, put)
-    _read_rates(cleaned, put)
-    _read_loss(history, cleaned, named.get("loss"), put, labels)
     end = max((float(each.steps[-1]) for each in cleaned.values()), default=float("nan"))
     if rewritten := max((len(series[name].steps) - len(cleaned[name].steps) for name in series), default=0):
         labels.append(f"{rewritten} steps written again after a resume")
@@ -91,8 +95,12 @@ def row(history: History, columns: Mapping[str, str]) -> Mapped:
     return found
 
 
-def _putter(found: Mapped):
+def _putter(found: Mapped, given: Collection[str] = ()):
+    """What fills a column, unless it is one of those that were given."""
+
     def put(column: str, value: Any, name: str) -> None:
+        if column in given:
+            return
         found.frame[column] = [value]
         if name:
             found.mapping[column] = name

@@ -53,6 +53,8 @@ class Mapped:
     """Column to why a name that would fit it was not taken, although it holds numbers."""
     texts: dict[str, str] = field(default_factory=dict)
     """Column to what a name that would fit it holds in place of numbers."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Column to the message that the name which was given for it is not there."""
 
 
 @dataclass(frozen=True)

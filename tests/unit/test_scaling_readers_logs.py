@@ -212,3 +212,15 @@ def test_resumed_killed_and_diverged_logs_are_told(tmp_path, text, status, steps
 def test_a_series_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"loss=vloss; it has: .*lm loss"):
         read([log(tmp_path, megatron(1, 100))], columns={"loss": "vloss"})
+
+
+def test_a_run_without_the_series_that_is_asked_for_is_labelled(tmp_path):
+    first = pd.DataFrame({"run": "x", "_step": np.arange(1, 101), "loss": 3.0, "lr": np.linspace(1, 0, 100)})
+    first["val"] = np.where(first["_step"] % 10 == 0, 2.9, np.nan)
+    first["rate"] = 2 * first["lr"]
+    second = first.assign(run="y", val=np.nan, rate=np.nan)
+    pd.concat([first, second]).to_csv(tmp_path / "t.csv", index=False)
+    table = read([tmp_path / "t.csv"], columns={"loss": "val", "final_lr": "rate"})
+    assert table.numbers("loss") == pytest.approx([2.9, np.nan], nan_ok=True)
+    assert table.numbers("final_lr") == pytest.approx([0.0, np.nan], nan_ok=True)
+    assert table.frame["labels"].tolist() == [None, "no 'val' for loss; no 'rate' for final_lr"]
