@@ -4,15 +4,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from pandas.api.types import is_numeric_dtype
 
 from scaling.candidates import SIZES, is_amount
-from scaling.columns import FINISHED
+from scaling.columns import FINISHED, NAMES, normalised
 from scaling.readers import DUPLICATE
 from scaling.results import Verdict
 from scaling.table import RunTable
 
 POOLED = ("tokenizer", "data", "loss_kind")
 """Losses of runs that differ in one of these are not of the same quantity."""
+LIKE_LOSSES = ("loss", "ppl", "perplexity", "nll", "entropy", "xent", "bits", "bpb")
+"""What names of losses have in them."""
 FEW = 8
 """Runs below which no law with an irreducible loss can be told from a line."""
 DECAYS = ("cosine", "linear", "wsd", "trapez", "sqrt", "decay", "anneal", "poly", "exp")
@@ -47,7 +50,7 @@ def select(
             verdicts.append(Verdict("warning", code, f"{int(which.sum())} {what}"))
 
     if not table.has("loss"):
-        raise ValueError("the table has no loss; name its column with columns loss=NAME")
+        raise ValueError(_no_loss(table))
     statuses = _texts(table, "status", FINISHED)
     for status in sorted(set(statuses) - {FINISHED}):
         leave_out(statuses == status, str(status), f"of {len(table)} runs left out: {status}")
@@ -76,6 +79,16 @@ def select(
         verdicts.append(Verdict(level, "few", f"{int(kept.sum())} runs are left of {len(table)}: too few for a law"))
     verdicts.append(Verdict("ok", "rows", f"{int(kept.sum())} of {len(table)} runs can be fitted together"))
     return kept, tuple(verdicts)
+
+
+def _no_loss(table: RunTable) -> str:
+    """The message for a table without a loss: where it was read from, and what may be the loss of it."""
+    sources = [str(each) for each in dict.fromkeys(_texts(table, "source", "the table"))]
+    of = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
+    foreign = [str(name) for name in table.frame if name not in NAMES and is_numeric_dtype(table.frame[name])]
+    close = [name for name in foreign if any(each in normalised(name) for each in LIKE_LOSSES)]
+    there = f"; it has: {', '.join((close or foreign)[:8])}" if foreign else ""
+    return f"{of}: no run has a loss; name its column with columns loss=NAME{there}"
 
 
 def _texts(table: RunTable, name: str, empty: str) -> np.ndarray:

@@ -44,7 +44,7 @@ def read(
     if runs:
         parts.append(_run_directories(runs, columns, digests))
     for source in sources:
-        if source.kind != "run":
+        if source.kind not in ("run", "unread"):
             foreign += _foreign(source, columns, digests)
     _check_given(foreign, columns)
     parts += foreign
@@ -54,7 +54,11 @@ def read(
     mapping = _joined(each.mapping for each in parts)
     frame = _with_constants(frame, constants, mapping)
     frame = tidy(complete(_mark_finite(frame), mapping))
+    unread = [str(each.path) for each in sources if each.kind == "unread"]
     notes = dict.fromkeys(note for each in parts for note in each.notes)
+    if unread:
+        some = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        notes[f"{len(unread)} tables or logs beside runs were not read; give them by their own names: {some}"] = None
     whole = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return RunTable(frame, mapping, (*notes, *unknown(frame)), whole)
 

@@ -9,7 +9,7 @@ from typing import Literal
 from scaling.readers import megatron
 from scaling.readers.tables import SUFFIXES
 
-Kind = Literal["run", "events", "log", "table"]
+Kind = Literal["run", "events", "log", "table", "unread"]
 LOGS = (".log", ".txt", ".out", "")
 SNIFFED = 1 << 20
 """Bytes of a file that are looked at for a logged iteration."""
@@ -22,8 +22,9 @@ class Source:
 
 
 def find(paths: Sequence[str | Path]) -> list[Source]:
-    """All sources at and below some paths, each once, in order. A folder gives its run directories and event folders;
-    one without any gives its logs and tables. ValueError for a path that is not there or gives nothing."""
+    """All sources at and below some paths, each once, in order. A folder gives its run directories and event folders,
+    beside which its logs and tables are unread; one without any gives these. ValueError for a path that is not there or
+    gives nothing."""
     found: dict[str, Source] = {}
     for each in paths:
         path = Path(each)
@@ -33,7 +34,9 @@ def find(paths: Sequence[str | Path]) -> list[Source]:
         if not sources:
             raise ValueError(f"{path}: neither run directories, event files, logs nor tables are here")
         for source in sources:
-            found.setdefault(os.path.realpath(source.path), source)
+            real = os.path.realpath(source.path)
+            if real not in found or found[real].kind == "unread":
+                found[real] = source
     return list(found.values())
 
 
@@ -49,14 +52,13 @@ def _below(folder: Path) -> Iterator[Source]:
         else:
             files += [here / name for name in names if Path(name).suffix.lower() in (*SUFFIXES, *LOGS[:-1])]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-    if runs:
-        yield from runs
-        return
+    yield from runs
     for path in sorted(files):
-        if path.suffix.lower() in SUFFIXES:
-            yield Source("table", path)
-        elif _looks_like_a_log(path):
-            yield Source("log", path)
+        suffix = path.suffix.lower()
+        if runs and suffix == ".json":  # settings and results, which are tables hardly ever
+            continue
+        if suffix in SUFFIXES or _looks_like_a_log(path):
+            yield Source("unread" if runs else "table" if suffix in SUFFIXES else "log", path)
 
 
 def _file(path: Path) -> Source:

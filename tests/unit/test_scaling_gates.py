@@ -105,6 +105,15 @@ def test_too_few_runs_are_said(rows, level):
     assert codes(select(table(rows))[1])["few"].level == level
 
 
-def test_a_table_without_a_loss_is_refused():
-    with pytest.raises(ValueError, match="no loss"):
-        select(RunTable(tidy(pd.DataFrame({"tokens": [1.0]}))))
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, r"^the table: no run has a loss; name its column with columns loss=NAME$"),
+        ({"source": ["a.csv", "b.csv"]}, r"^a.csv, b.csv: no run has a loss"),
+        ({"quality": 1.0, "min_loss": 2.0, "fit_nll": 2.0}, r"loss=NAME; it has: min_loss, fit_nll$"),
+        ({"quality": 1.0, "note": "text"}, r"loss=NAME; it has: quality$"),
+    ],
+)
+def test_a_table_without_a_loss_is_refused_with_what_may_be_one(columns, message):
+    with pytest.raises(ValueError, match=message):
+        select(RunTable(tidy(pd.DataFrame({"tokens": [1.0, 2.0], **columns}))))

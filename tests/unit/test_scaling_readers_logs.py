@@ -81,6 +81,20 @@ def test_an_empty_event_file_is_a_labelled_row(tmp_path):
     assert "no loss" in read([tmp_path / "a"]).frame["labels"][0]
 
 
+def test_tables_and_logs_beside_runs_are_told(tmp_path):
+    events(tmp_path / "runs" / "a", "1", [record(1, loss=2.0)])
+    (tmp_path / "grid.csv").write_text("N,D,loss\n1e8,1e9,3\n")
+    (tmp_path / "notes.txt").write_text("no log")
+    (tmp_path / "settings.json").write_text("{}")
+    log(tmp_path, megatron(1, 100))
+    table = read([tmp_path])
+    assert len(table) == 1
+    told = [note for note in table.notes if "not read" in note]
+    assert len(told) == 1 and told[0].startswith("2 tables or logs beside runs") and "grid.csv" in told[0]
+    table = read([tmp_path, tmp_path / "grid.csv", tmp_path / "train.log"])
+    assert len(table) == 3 and not any("not read" in note for note in table.notes)
+
+
 def test_our_own_event_files_have_tokens_on_their_axis(tmp_path):
     rows = [record(k * 1024, loss=float(value), step=k, sequences=k, segment=0, batch_tokens=1024)
             for k, value in enumerate(losses(), start=1)]  # fmt: skip
