@@ -37,20 +37,19 @@ def read(
     check_names(list(columns), "columns")
     check_names(list(constants), "constants")
     parts: list[Mapped] = []
-    foreign: list[Mapped] = []
     digests: list[str] = []
     sources = find(paths)
     runs = [each for each in sources if each.kind == "run"]
     if runs:
         parts.append(_run_directories(runs, columns, digests))
-    for source in sources:
-        if source.kind not in ("run", "unread"):
-            foreign += _foreign(source, columns, digests)
+    foreign = _all_foreign([each for each in sources if each.kind not in ("run", "unread")], columns, digests)
     _check_given(foreign, columns)
     parts += foreign
     frame = pd.concat([each.frame for each in parts if len(each.frame)] or [pd.DataFrame()], ignore_index=True)
     if frame.empty:
         raise ValueError(f"{', '.join(map(str, paths))}: no runs")
+    _mark_repeated(frame, {str(each.path) for each in sources if each.kind == "table"})
+    _name_runs(frame)
     mapping = _joined(each.mapping for each in parts)
     frame = _with_constants(frame, constants, mapping)
     frame = tidy(complete(_mark_finite(frame), mapping))
@@ -100,6 +99,39 @@ def _mark_duplicates(rows: list[dict], keys: list[str]) -> None:
     for k, key in enumerate(keys):
         if best[key] != k:
             rows[k]["labels"] = join(rows[k]["labels"], f"{DUPLICATE}{rows[best[key]]['source']}")
+
+
+def _all_foreign(sources: list[Source], columns: Mapping[str, str], digests: list[str]) -> list[Mapped]:
+    """What event folders, logs and tables hold; of those that are equal in all bytes all but the first are labelled."""
+    found: list[Mapped] = []
+    first: dict[tuple[str, ...], Path] = {}
+    for source in sources:
+        before = len(digests)
+        parts = list(_foreign(source, columns, digests))
+        original = first.setdefault(tuple(digests[before:]), source.path)
+        if original != source.path:
+            for each in parts:
+                each.frame["labels"] = [join(label, f"{DUPLICATE}{original}") for label in each.frame["labels"]]
+        found += parts
+    return found
+
+
+def _mark_repeated(frame: pd.DataFrame, sources: set[str]) -> None:
+    """Label the rows of these sources that an earlier one of them has too, equal in all but the place."""
+    rows = frame.index[frame["source"].isin(sources) & ~frame["labels"].str.contains(DUPLICATE, na=False)]
+    contents = pd.util.hash_pandas_object(frame.loc[rows].drop(columns=["source", "labels"]), index=False)
+    first: dict[int, str] = {}
+    for index, content, source in zip(rows, contents, frame["source"][rows], strict=True):
+        if first.setdefault(content, source) != source:
+            frame.loc[index, "labels"] = join(frame["labels"][index], f"{DUPLICATE}a row of {first[content]}")
+
+
+def _name_runs(frame: pd.DataFrame) -> None:
+    """Name the runs without a name by their table and row."""
+    names = frame["run"] if "run" in frame else pd.Series(None, index=frame.index, dtype=object)
+    places = zip(frame["source"], frame.groupby("source").cumcount() + 1, strict=True)
+    default = [f"{Path(source).stem}:{row}" for source, row in places]
+    frame["run"] = names.where(names.notna(), default)
 
 
 def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> Iterator[Mapped]:

@@ -48,8 +48,11 @@ def load(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
 
 
 def rows(frame: pd.DataFrame, odd: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> Mapped:
-    """A table with one row a run, as `load` gives it, in our columns. ValueError as of `mapping.guess`, or where the
-    only column that looks like a size or like tokens has values that cannot be."""
+    """A table with one row a run, as `load` gives it, in our columns; runs may be without a name.
+
+    ValueError as of `mapping.guess`, or where the only column that looks like the loss, a size or tokens has values
+    that cannot be.
+    """
     found = guess(frame, columns, str(path))
     resolve_batch(found, str(path))
     ours, name = found.frame, found.mapping.get("non_embedding")
@@ -68,8 +71,6 @@ def rows(frame: pd.DataFrame, odd: pd.DataFrame, path: Path, columns: Mapping[st
             labels[k].append(_odd_loss(float(ours["loss"].iloc[k])))
     ours["labels"] = ["; ".join(each) or None for each in labels]
     ours["source"] = f"{path}"
-    if "run" not in ours:
-        ours["run"] = [f"{path.stem}:{k + 1}" for k in range(len(ours))]
     return found
 
 

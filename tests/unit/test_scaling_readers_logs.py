@@ -95,6 +95,16 @@ def test_tables_and_logs_beside_runs_are_told(tmp_path):
     assert len(table) == 3 and not any("not read" in note for note in table.notes)
 
 
+def test_copies_of_event_folders_and_logs_are_labelled(tmp_path):
+    for name, loss in (("a", 2.0), ("b", 2.0), ("c", 2.1)):
+        events(tmp_path / name, "1", [record(1, loss=loss)])
+    for name in ("x.log", "y.log"):
+        (tmp_path / name).write_text(megatron(1, 100))
+    table = read([tmp_path / each for each in ("a", "b", "c", "x.log", "y.log")])
+    copies = table.frame["labels"].str.extract("(duplicate of .*)")[0].fillna("").tolist()
+    assert copies == ["", f"duplicate of {tmp_path / 'a'}", "", "", f"duplicate of {tmp_path / 'x.log'}"]
+
+
 def test_our_own_event_files_have_tokens_on_their_axis(tmp_path):
     rows = [record(k * 1024, loss=float(value), step=k, sequences=k, segment=0, batch_tokens=1024)
             for k, value in enumerate(losses(), start=1)]  # fmt: skip

@@ -326,6 +326,22 @@ def test_rows_that_are_there_twice_and_odd_losses_are_labelled(tmp_path):
     assert table.frame["labels"].tolist() == [None, "duplicate of an earlier row", "the loss is -1"]
 
 
+def test_rows_that_two_tables_have_count_once(tmp_path):
+    a = csv(tmp_path, "N,D,loss\n100000000,1e9,3\n200000000,1e9,2.9\n", "a.csv")
+    b = csv(tmp_path, "N,D,loss\n100000000,1e9,3\n200000000,1e9,2.9\n", "b.csv")
+    c = csv(tmp_path, "N,D,loss\n2.0e8,1e9,2.9\n4.0e8,1e9,2.8\n", "c.csv")
+    table = read([a, b, c])
+    labels = [None, None, *[f"duplicate of {a}"] * 2, f"duplicate of a row of {a}", None]
+    assert table.frame["labels"].tolist() == labels
+    assert table.frame["run"].tolist() == ["a:1", "a:2", "b:1", "b:2", "c:1", "c:2"]
+    assert select(table)[0].tolist() == [each is None for each in labels]
+
+
+def test_runs_of_two_tables_that_differ_in_a_name_are_two(tmp_path):
+    paths = [csv(tmp_path, f"run,N,D,loss\n{name},1e8,1e9,3\n", f"{name}.csv") for name in "ab"]
+    assert read(paths).frame["labels"].tolist() == [None, None]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".tsv"])
 def test_other_formats_are_the_same_table(tmp_path, suffix):
     rows = [
