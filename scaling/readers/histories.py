@@ -21,6 +21,10 @@ STEP = ("step", "globalstep", "trainerglobalstep", "iteration", "iter", "trainst
 RATE = ("lr", "learningrate", "trainlr", "trainlearningrate", "lrgroup0", "lradamw", "optimlr", "optimlearningrate")
 BATCH = {"batch_tokens": ("batchtokens", "tokensperbatch"), "batch_sequences": ("globalbatchsize", "batchsize")}
 FLOPS = ("flops", "totalflops", "trainflops", "throughputtotalflops")
+NO_STATUS = (
+    "event files and exports of logged steps do not tell how a run ended: those that did not diverge are taken for "
+    "finished, also where they were killed or are running"
+)
 AT_END = 0.005
 """An evaluation within this share of a run's length before its end is one at its end."""
 
@@ -89,6 +93,8 @@ def row(history: History, columns: Mapping[str, str]) -> Mapped:
     put("run", history.run, "")
     put("source", history.source, "")
     put("status", _status(history, cleaned, found.frame), "")
+    if history.status is None:
+        found.notes.append(NO_STATUS)
     if not np.isfinite(end):
         labels.append("empty")
     put("labels", "; ".join(dict.fromkeys(labels)) or None, "")

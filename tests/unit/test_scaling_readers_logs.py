@@ -95,6 +95,15 @@ def test_tables_and_logs_beside_runs_are_told(tmp_path):
     assert len(table) == 3 and not any("not read" in note for note in table.notes)
 
 
+def test_what_does_not_tell_how_a_run_ended_says_so_once(tmp_path):
+    for name in "ab":
+        events(tmp_path / name, "1", [record(1, loss=2.0)])
+    table = read([tmp_path])
+    assert table.frame["status"].tolist() == ["finished"] * 2
+    assert sum("do not tell how a run ended" in each for each in table.notes) == 1
+    assert not any("how a run ended" in each for each in read([log(tmp_path, megatron(1, 100))]).notes)
+
+
 def test_copies_of_event_folders_and_logs_are_labelled(tmp_path):
     for name, loss in (("a", 2.0), ("b", 2.0), ("c", 2.1)):
         events(tmp_path / name, "1", [record(1, loss=loss)])
