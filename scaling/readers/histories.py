@@ -10,6 +10,7 @@ import pandas as pd
 
 from scaling.columns import DIVERGED, FINISHED, normalised
 from scaling.curves import final_loss, last_writes
+from scaling.readers.amounts import as_status
 from scaling.readers.derived import resolve_batch
 from scaling.readers.losses import BITS, HELD_OUT, PERPLEXITY, Loss, candidates
 from scaling.readers.mapping import Mapped, guess
@@ -92,9 +93,10 @@ def row(history: History, columns: Mapping[str, str]) -> Mapped:
         labels.append(f"{rewritten} steps written again after a resume")
     put("run", history.run, "")
     put("source", history.source, "")
-    put("status", _status(history, cleaned, found.frame), "")
-    if history.status is None:
+    status = history.status or as_status(found.frame["status"].iloc[0] if "status" in found.frame else None)
+    if status is None:
         found.notes.append(NO_STATUS)
+    put("status", DIVERGED if _ends_in_no_number(cleaned) else status or FINISHED, "")
     if not np.isfinite(end):
         labels.append("empty")
     put("labels", "; ".join(dict.fromkeys(labels)) or None, "")
@@ -195,9 +197,7 @@ def _read_loss(history: History, series: Mapping[str, Series], named: str | None
     put("loss_kind", f"training, smoothed ({loss.name})", "")
 
 
-def _status(history: History, series: Mapping[str, Series], frame: pd.DataFrame) -> str:
-    """As the logger says; a loss that ends in no number is a divergence."""
-    for each in candidates(series):
-        if each.tier != HELD_OUT and not np.isfinite(series[each.name].values[-1]):
-            return DIVERGED
-    return history.status or FINISHED
+def _ends_in_no_number(series: Mapping[str, Series]) -> bool:
+    """Whether a training loss does, which is a divergence whatever the logger says."""
+    losses = (each.name for each in candidates(series) if each.tier != HELD_OUT)
+    return any(not np.isfinite(series[name].values[-1]) for name in losses)

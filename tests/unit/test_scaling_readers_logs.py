@@ -104,6 +104,16 @@ def test_what_does_not_tell_how_a_run_ended_says_so_once(tmp_path):
     assert not any("how a run ended" in each for each in read([log(tmp_path, megatron(1, 100))]).notes)
 
 
+def test_an_export_with_a_column_of_states_tells_how_a_run_ended(tmp_path):
+    states = {"x": "finished", "y": "crashed", "z": "running"}
+    frames = [pd.DataFrame({"run": run, "state": state, "_step": range(9), "loss": 3.0, "seed": k})
+              for k, (run, state) in enumerate(states.items())]  # fmt: skip
+    pd.concat(frames).to_csv(tmp_path / "t.csv", index=False)
+    table = read([tmp_path / "t.csv"])
+    assert table.frame["status"].tolist() == ["finished", "killed", "running"]
+    assert not any("how a run ended" in each for each in table.notes)
+
+
 def test_copies_of_event_folders_and_logs_are_labelled(tmp_path):
     for name, loss in (("a", 2.0), ("b", 2.0), ("c", 2.1)):
         events(tmp_path / name, "1", [record(1, loss=loss)])
