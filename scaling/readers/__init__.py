@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scaling.columns import NAMES, TEXTS
+from scaling.columns import COLUMNS, NAMES, TEXTS
 from scaling.readers import event_files, histories, megatron, run_directory, tables, wandb_exports
 from scaling.readers.amounts import UNITS
 from scaling.readers.derived import complete, join, unknown
@@ -199,6 +199,10 @@ def _amount(name: str, given: str | float) -> float:
         value = float("nan")
     if not np.isfinite(value):
         raise ValueError(f"constants: {name} = {given!r} is not a number; accepted: 2048, 42e9, 42B")
+    column = COLUMNS[NAMES.index(name)]
+    if not column.least <= value <= column.most:
+        accepted = f"{column.least:g} to {column.most:g}"
+        raise ValueError(f"constants: {name} = {given} cannot be {column.meaning}; accepted: {accepted}")
     return value
 
 

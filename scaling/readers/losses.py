@@ -16,17 +16,20 @@ SMOOTH_WORDS = frozenset(("smooth", "smoothed", "ema", "avg", "averaged", "mean"
 NOT_A_LOSS = frozenset((
     "scale", "std", "stderr", "err", "error", "errors", "se", "sem", "sd", "var", "variance", "aux", "auxiliary",
     "balance", "balancing", "z", "zloss", "router", "load", "gap", "diff", "delta", "difference", "pred", "predicted",
-    "prediction", "fit", "fitted", "residual", "weight", "count", "mask", "spike", "skipped", "vs", "ppl", "kd",
+    "prediction", "fit", "fitted", "residual", "weight", "count", "mask", "spike", "skipped", "vs", "kd",
     "distill", "distillation", "rank", "ratio", "coef", "coeff", "coefficient", "type", "kind", "fn", "function",
     "reduction", "window", "min", "max", "step", "steps", "time",
 ))  # fmt: skip
 """Words in the names of what is about a loss, or is another one than cross-entropy."""
+AT_THE_END = re.compile(r"[\W_]*(?:at[\W_]*(?:the[\W_]*)?)?(?:final|last)[\W_]*(?:step|iteration)s?", re.I)
+"""When a loss was measured, which is no other loss."""
 PLAIN_NAMES = (
     "finalloss", "loss", "lmloss", "finallmloss", "trainloss", "trainingloss", "finaltrainloss", "trainlmloss",
     "lmlosstraining", "celoss", "crossentropyloss", "crossentropy", "endloss", "lastloss", "nll", "nllloss", "xent",
 )  # fmt: skip
 GENERIC = HELD_OUT_WORDS | {
-    "final", "end", "last", "loss", "lm", "ce", "cross", "entropy", "out", "train", "training", "nll", "the",
+    "final", "end", "last", "loss", "lm", "ce", "cross", "entropy", "out", "train", "training", "nll", "the", "ppl",
+    "perplexity",
 }  # fmt: skip
 """Words that do not say on what data a loss was measured."""
 
@@ -57,10 +60,11 @@ def words(name: str) -> list[str]:
 
 def candidate(name: str) -> Loss | None:
     """What kind of a loss a name says it is; None for what is none."""
-    parts, whole = words(name), normalised(name)
+    bare = AT_THE_END.sub("", name)
+    parts, whole = words(bare), normalised(bare)
     if NOT_A_LOSS.intersection(parts):
-        return Loss(name, PERPLEXITY) if parts[-1:] == ["ppl"] and len(parts) <= 2 else None
-    if whole in ("ppl", "perplexity", "finalppl", "finalperplexity") or parts[-1:] == ["perplexity"]:
+        return None
+    if {"ppl", "perplexity"}.intersection(parts):
         return Loss(name, PERPLEXITY)
     if any(each in whole for each in ("bitsperbyte", "bitsperchar")) or {"bpb", "bpc"}.intersection(parts):
         return Loss(name, BITS)
@@ -107,4 +111,5 @@ def _order(loss: Loss) -> tuple:
     whole = normalised(loss.name)
     plain = PLAIN_NAMES.index(whole) if whole in PLAIN_NAMES else len(PLAIN_NAMES)
     is_test = bool({"test", "dev"}.intersection(words(loss.name)))
-    return not _is_generic(loss), is_test, "final" not in whole, plain
+    is_held_out = bool(HELD_OUT_WORDS.intersection(words(loss.name)))
+    return not _is_generic(loss), not is_held_out, is_test, "final" not in whole, plain

@@ -35,7 +35,8 @@ MOSTLY = 0.5
 """Share of texts from which on a column is one of texts, and not a spoiled one of numbers."""
 RATIOS = ("tokensperparam", "tokensperparameter", "tokensparamratio", "tpp", "tokenmultiplier")
 _UNIT = re.compile(
-    r"^(.+?)[\s_\-./]*(?:\(|\[)?\s*(?:in[\s_]+)?(?<![A-Za-z])(k|mm?|bn?|g|t|thousand|million|billion|trillion)s?\s*[)\]]?$",
+    r"^(.+?)[\s_\-./]*(?:\(|\[)?\s*(?:in[\s_]+)?(?<![A-Za-z])(k|mm?|bn?|g|t|thousand|million|billion|trillion)s?"
+    r"(?:\s*(?:of\s+)?(?:params?|parameters|tokens?))?\s*[)\]]?$",
     re.I,
 )
 _PF_DAYS = re.compile(r"^(.+?)[\s_\-(\[]*(pf[\s_-]*days?|petaflop[/\s_-]*s[/\s_-]*days?)\s*[)\]]?$", re.I)
@@ -91,6 +92,11 @@ def guess(frame: pd.DataFrame, columns: Mapping[str, str], where: str, *, with_l
         for column in wanted:
             if column.name not in found.frame:
                 used |= _take(found, frame, column, by, used, where)
+    groups: set[str] = set()
+    while "run" not in columns and _spans_sizes(found.frame):
+        groups.add(_refuse_group(found, where))
+        used |= _take(found, frame, COLUMNS[NAMES.index("run")], BY_NAME, used, where)
+    used -= groups
     for column in wanted:
         if column.name in SOUNDS and column.name not in found.frame and column.name not in found.refusals:
             used |= _take_by_sound(found, frame, column, used, where)
@@ -187,6 +193,23 @@ def _take(found: Mapped, frame: pd.DataFrame, column: Column, by: int, used: set
         found.mapping[column.name] = each.name if each.unit == 1 else f"{each.name} * {each.unit:g}"
         return {each.name}
     return set()
+
+
+def _spans_sizes(frame: pd.DataFrame) -> bool:
+    """Whether most names of runs are those of runs of several sizes."""
+    sizes = [name for name in SIZES if name in frame]
+    return "run" in frame and any((frame.groupby("run")[name].nunique() > 1).mean() > 0.5 for name in sizes)
+
+
+def _refuse_group(found: Mapped, where: str) -> str:
+    """Take away the name of runs that is one of groups, with a note; returns the name of its column."""
+    name = found.mapping.pop("run")
+    found.frame.drop(columns="run", inplace=True)
+    found.notes.append(
+        f"{where}: {name!r} names runs of several sizes together, and is not taken for the name of a run; if it is of "
+        f"their data, give columns data={name!r}"
+    )
+    return name
 
 
 def _refuse_text(found: Mapped, column: Column, name: str, values: pd.Series) -> None:

@@ -11,7 +11,7 @@ from pyarrow import parquet
 from scaling.gates import select
 from scaling.optima.cells import outcomes
 from scaling.readers import read
-from scaling.readers.losses import HELD_OUT, OTHER, PLAIN, SMOOTHED, candidate, preferred
+from scaling.readers.losses import HELD_OUT, OTHER, PERPLEXITY, PLAIN, SMOOTHED, candidate, preferred
 from tests.published import published
 
 
@@ -82,7 +82,10 @@ def test_a_batch_of_unknown_sequences_stays_unknown_and_says_so():
         ("loss", PLAIN), ("train/loss", PLAIN), ("lm loss", PLAIN), ("L", PLAIN), ("final_loss", PLAIN),
         ("val_loss", HELD_OUT), ("validation/loss", HELD_OUT), ("evalLoss", HELD_OUT), ("c4_val_loss", HELD_OUT),
         ("smooth loss", SMOOTHED), ("loss_smoothed", SMOOTHED), ("loss_pile", OTHER),
-        ("loss_scale", None), ("aux_loss", None), ("loss_std", None), ("z_loss", None), ("l", None), ("lr", None),
+        ("loss_at_final_step", PLAIN), ("lossAtLastStep", PLAIN), ("val_loss_final_step", HELD_OUT),
+        ("ppl", PERPLEXITY), ("ppl_val", PERPLEXITY), ("wikitext103_ppl", PERPLEXITY), ("c4/perplexity", PERPLEXITY),
+        ("ppl_ratio", None), ("loss_step", None), ("final_step", None), ("loss_scale", None),
+        ("aux_loss", None), ("loss_std", None), ("z_loss", None), ("l", None), ("lr", None),
     ],
 )  # fmt: skip
 def test_a_name_tells_what_loss_it_is(name, tier):
@@ -95,7 +98,8 @@ def test_a_name_tells_what_loss_it_is(name, tier):
     [
         (["loss", "smooth loss"], "smooth loss"), (["train_loss", "val_loss", "c4_val_loss"], "val_loss"),
         (["train_loss", "final_loss"], "final_loss"), (["loss_pile"], "loss_pile"), (["loss", "loss_pile"], "loss"),
-        (["test_loss", "val_loss"], "val_loss"), (["a", "b"], None),
+        (["test_loss", "val_loss"], "val_loss"), (["train_ppl", "val_ppl"], "val_ppl"), (["loss", "ppl"], "loss"),
+        (["a", "b"], None),
     ],
 )  # fmt: skip
 def test_the_preferred_loss(names, taken):
@@ -115,7 +119,7 @@ def test_a_held_out_loss_of_less_than_half_of_the_rows_is_not_taken_and_told(tmp
     assert any(told in note for note in table.notes) == (taken == "train_loss")
 
 
-@pytest.mark.parametrize("names", [["pile_val_loss", "c4_val_loss"], ["loss_a", "loss_b"]])
+@pytest.mark.parametrize("names", [["pile_val_loss", "c4_val_loss"], ["loss_a", "loss_b"], ["a_ppl", "b_ppl"]])
 def test_losses_that_only_their_data_tells_apart_are_not_guessed(names):
     with pytest.raises(ValueError, match=f"{names[0]}"):
         preferred(names)
@@ -126,6 +130,9 @@ def test_losses_that_only_their_data_tells_apart_are_not_guessed(names):
     [
         ("params_M", [70, 160], "total", [70e6, 160e6]),
         ("Params (B)", [0.07, 1.3], "total", [7e7, 1.3e9]),
+        ("Model Size (M params)", [70, 160], "total", [70e6, 160e6]),
+        ("params_in_millions", [70, 160], "total", [70e6, 160e6]),
+        ("Train tokens (B tokens)", [20, 300], "tokens", [20e9, 300e9]),
         ("tokens in billions", [20, 300], "tokens", [20e9, 300e9]),
         ("model_size", ["70M", "1.3B"], "total", [70e6, 1.3e9]),
         ("non-embedding params", ["1,000,000", "2_000_000"], "non_embedding", [1e6, 2e6]),
@@ -162,6 +169,26 @@ def test_a_small_d_is_tokens_where_it_can_be(tmp_path, d, origin):
     assert table.numbers("tokens").tolist() == ([1e10, 1e10] if d[0] < 1e6 else d)
 
 
+@pytest.mark.parametrize(
+    ("names", "run"),
+    [
+        (["x", "x", "x", "y", "y", "y"], None),
+        (["x", "y", "z", "x", "y", "z"], "experiment"),
+        (["a", "b", "c", "d", "e", "f"], "experiment"),
+    ],
+    ids=["of several sizes", "of one size each", "of one run each"],
+)
+def test_a_name_of_runs_of_several_sizes_is_no_name_of_a_run(tmp_path, names, run):
+    table = columns(tmp_path, experiment=names, N=[1e8, 2e8, 4e8] * 2, D=[1e9] * 3 + [2e9] * 3, loss=[3.0] * 6)
+    assert table.mapping.get("run") == run and table.frame["run"].nunique() == (6 if run is None else len(set(names)))
+    assert ("experiment" in table.frame) == any("'experiment' names" in note for note in table.notes) == (run is None)
+
+
+def test_another_name_is_taken_then(tmp_path):
+    table = columns(tmp_path, name=["x"] * 2, id=["a", "b"], N=[1e8, 2e8], D=[1e9] * 2, loss=[3.0] * 2)
+    assert table.frame["run"].tolist() == ["a", "b"]
+
+
 def test_a_mapping_overrides_and_scales(tmp_path):
     path = csv(tmp_path, "size,D,loss,other\n0.07,1e9,3,2.5\n1.3,2e9,2.9,2.4\n")
     table = read([path], columns={"active": "size * 1e9", "total": "", "loss": "other"})
@@ -178,6 +205,8 @@ def test_a_mapping_overrides_and_scales(tmp_path):
         ({"constants": {"seq_len": "many"}}, r"seq_len = 'many' is not a number"),
         ({"constants": {"tokens": 5}}, r"tokens = 5 is known of every run"),
         ({"constants": {"context": 5}}, "not a column"),
+        ({"constants": {"seq_len": 0}}, r"seq_len = 0 cannot be tokens of a sequence; accepted: 1 to 1e\+08"),
+        ({"constants": {"lr": "-1"}}, r"lr = -1 cannot be"),
     ],
 )
 def test_mistakes_in_the_mapping_are_named(tmp_path, given, message):
