@@ -201,8 +201,7 @@ def _amount(name: str, given: str | float) -> float:
         raise ValueError(f"constants: {name} = {given!r} is not a number; accepted: 2048, 42e9, 42B")
     column = COLUMNS[NAMES.index(name)]
     if not column.least <= value <= column.most:
-        accepted = f"{column.least:g} to {column.most:g}"
-        raise ValueError(f"constants: {name} = {given} cannot be {column.meaning}; accepted: {accepted}")
+        raise ValueError(f"constants: {name} = {given}; accepted: {column.least:g} to {column.most:g}")
     return value
 
 

@@ -203,10 +203,10 @@ def test_a_mapping_overrides_and_scales(tmp_path):
         ({"columns": {"loss": "lss"}}, r"'lss'.*not there; it has: loss"),
         ({"columns": {"lr": "text"}}, r"'text'.*holds no numbers"),
         ({"constants": {"seq_len": "many"}}, r"seq_len = 'many' is not a number"),
-        ({"constants": {"tokens": 5}}, r"tokens = 5 is known of every run"),
+        ({"constants": {"tokens": "5B"}}, r"tokens = 5B is known of every run"),
         ({"constants": {"context": 5}}, "not a column"),
-        ({"constants": {"seq_len": 0}}, r"seq_len = 0 cannot be tokens of a sequence; accepted: 1 to 1e\+08"),
-        ({"constants": {"lr": "-1"}}, r"lr = -1 cannot be"),
+        ({"constants": {"seq_len": 0}}, r"seq_len = 0; accepted: 1 to 1e\+08"),
+        ({"constants": {"lr": "-1"}}, r"lr = -1; accepted: 1e-12 to 1000"),
     ],
 )
 def test_mistakes_in_the_mapping_are_named(tmp_path, given, message):
