@@ -291,7 +291,7 @@ def _implausible(column: Column, each: Candidate, values: np.ndarray) -> str:
     if not column.least <= middle * each.unit <= column.most:
         factor = " * 1e9" if column.name in LARGE else ""
         return (
-            f"{each.name!r} lies about {middle:.3g}, which cannot be {column.meaning}: its unit or its meaning is not "
-            f'told; give columns {column.name}="{each.name}{factor}", or "" to leave it out'
+            f"{each.name!r} lies about {middle:.3g}, which cannot be {column.name} ({column.meaning}): its unit or its "
+            f'meaning is not told; give columns {column.name}="{each.name}{factor}", or "" to leave it out'
         )
     return ""
