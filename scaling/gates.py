@@ -8,7 +8,7 @@ from pandas.api.types import is_numeric_dtype
 
 from scaling.candidates import SIZES, is_amount
 from scaling.columns import FINISHED, NAMES, normalised
-from scaling.readers import DUPLICATE
+from scaling.readers import DUPLICATE, UNREAD
 from scaling.results import Verdict
 from scaling.table import RunTable
 
@@ -88,7 +88,8 @@ def _no_loss(table: RunTable) -> str:
     foreign = [str(name) for name in table.frame if name not in NAMES and is_numeric_dtype(table.frame[name])]
     close = [name for name in foreign if any(each in normalised(name) for each in LIKE_LOSSES)]
     there = f"; it has: {', '.join((close or foreign)[:8])}" if foreign else ""
-    return f"{of}: no run has a loss; name its column with columns loss=NAME{there}"
+    unread = "".join(f". {note}" for note in table.notes if UNREAD in note)
+    return f"{of}: no run has a loss; name its column with columns loss=NAME{there}{unread}"
 
 
 def _texts(table: RunTable, name: str, empty: str) -> np.ndarray:

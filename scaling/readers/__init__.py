@@ -18,6 +18,8 @@ from scaling.table import RunTable, tidy
 
 DUPLICATE = "duplicate of "
 """How the label of a run begins that is in a table twice."""
+UNREAD = "tables or logs beside runs were not read"
+"""What the note on them has in it."""
 
 
 def read(
@@ -57,7 +59,7 @@ def read(
     notes = dict.fromkeys(note for each in parts for note in each.notes)
     if unread:
         some = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
-        notes[f"{len(unread)} tables or logs beside runs were not read; give them by their own names: {some}"] = None
+        notes[f"{len(unread)} {UNREAD}; give them by their own names: {some}"] = None
     whole = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return RunTable(frame, mapping, (*notes, *unknown(frame)), whole)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scaling.gates import select
 from scaling.readers import read
 from scaling.readers.event_files import read as read_events
 
@@ -122,6 +123,13 @@ def test_copies_of_event_folders_and_logs_are_labelled(tmp_path):
     table = read([tmp_path / each for each in ("a", "b", "c", "x.log", "y.log")])
     copies = table.frame["labels"].str.extract("(duplicate of .*)")[0].fillna("").tolist()
     assert copies == ["", f"duplicate of {tmp_path / 'a'}", "", "", f"duplicate of {tmp_path / 'x.log'}"]
+
+
+def test_runs_without_a_loss_beside_a_table_are_an_error_that_names_both(tmp_path):
+    events(tmp_path / "a", "1", [])
+    (tmp_path / "grid.csv").write_text("N,D,loss\n1e8,1e9,3\n")
+    with pytest.raises(ValueError, match=r"/a: no run has a loss.*not read.*grid\.csv"):
+        select(read([tmp_path]))
 
 
 def test_our_own_event_files_have_tokens_on_their_axis(tmp_path):
