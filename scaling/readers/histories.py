@@ -189,10 +189,10 @@ def _read_loss(history: History, series: Mapping[str, Series], named: str | None
         labels.append("no held-out loss at its end")
     loss = training[0]
     curve = series[loss.name]
-    smooth = final_loss(curve.steps, curve.values)
+    smooth = final_loss(curve.steps, np.log(curve.values) if loss.tier == PERPLEXITY else curve.values)
     if not np.isfinite(smooth.value):
         labels.append(f"no smooth of {smooth.rows} logged losses")
-    put("loss", smooth.value, f"smooth of {loss.name}")
+    put("loss", smooth.value, f"smooth of {f'ln({loss.name})' if loss.tier == PERPLEXITY else loss.name}")
     put("loss_error", smooth.error, "AR(1) of the smooth")
     put("loss_kind", f"training, smoothed ({loss.name})", "")
 

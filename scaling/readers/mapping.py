@@ -128,7 +128,7 @@ def _override(found: Mapped, frame: pd.DataFrame, ours: str, expression: str, wh
         known = candidate(name)
         found.frame["loss_kind"] = known.kind if known else f"as given ({name})"
         if known and known.tier == PERPLEXITY:
-            raise ValueError(f"{where}: column {name!r} is a perplexity; leave loss out of the mapping to have its log")
+            found.frame["loss"], found.mapping["loss"] = np.log(found.frame["loss"]), f"ln({expression})"
     return name
 
 

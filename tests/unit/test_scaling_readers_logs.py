@@ -132,6 +132,13 @@ def test_runs_without_a_loss_beside_a_table_are_an_error_that_names_both(tmp_pat
         select(read([tmp_path]))
 
 
+def test_of_a_perplexity_that_is_asked_for_the_logarithm_is_smoothed(tmp_path):
+    rows = [record(k, **{"loss": 9.0, "val_ppl": float(np.exp(value))}) for k, value in enumerate(losses(), start=1)]
+    events(tmp_path / "a", "1", rows)
+    table = read([tmp_path / "a"], columns={"loss": "val_ppl"})
+    assert table.numbers("loss") == pytest.approx([2.5], abs=0.03) and table.mapping["loss"] == "smooth of ln(val_ppl)"
+
+
 def test_our_own_event_files_have_tokens_on_their_axis(tmp_path):
     rows = [record(k * 1024, loss=float(value), step=k, sequences=k, segment=0, batch_tokens=1024)
             for k, value in enumerate(losses(), start=1)]  # fmt: skip

@@ -267,6 +267,14 @@ def test_a_loss_diverged_where_it_is_written_as_no_number_and_not_where_it_is_em
     assert outcomes(table.frame)[1].tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize("given", [{}, {"loss": "c4_ppl"}])
+def test_of_a_perplexity_the_logarithm_is_the_loss(tmp_path, given):
+    path = csv(tmp_path, "N,D,c4_ppl\n1e8,1e9,20\n2e8,1e9,10\n2e8,2e9,diverged\n")
+    table = read([path], columns=given)
+    assert table.numbers("loss") == pytest.approx([np.log(20), np.log(10), np.nan], nan_ok=True)
+    assert table.mapping["loss"] == "ln(c4_ppl)" and table.frame["status"].tolist() == [*["finished"] * 2, "diverged"]
+
+
 @pytest.mark.parametrize("expression", ["y", "y * 2", "y / 2"])
 def test_a_loss_that_was_named_diverged_where_it_is_written_so(tmp_path, expression):
     (tmp_path / "t.csv").write_text("N,D,y\n1e8,1e9,3\n1e8,2e9,\n1e8,3e9,nan\n")
