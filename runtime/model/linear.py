@@ -19,12 +19,18 @@ _FEWEST_ROWS = 16
 """Below this, oneDNN's preparations cost more than they save."""
 
 
-@torch.library.custom_op("meristem::product", mutates_args=(), device_types="cpu")
-def _product(a: Tensor, b: Tensor) -> Tensor:
+# `torch.library.custom_op` would load torch's compiler at the first call.
+_LIBRARY = torch.library.Library("meristem", "DEF")
+_LIBRARY.define("product(Tensor a, Tensor b) -> Tensor")
+_product = torch.ops.meristem.product.default
+
+
+@torch.library.impl(_LIBRARY, "product", "CPU")
+def _(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
-@_product.register_fake
+@torch.library.register_fake("meristem::product", lib=_LIBRARY)
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0])
 
@@ -41,7 +47,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return (_product(grad, b.t()) if needs_a else None), (_product_over_rows(grad, a) if needs_b else None)
 
 
-_product.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("meristem::product", _backward, setup_context=_save, lib=_LIBRARY)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
