@@ -17,10 +17,15 @@ from runtime.config import OptimConfig
 from runtime.model.block import Block
 from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
+from runtime.model.depth import Depth, Relaxation
 from runtime.model.experts import MixtureOfExperts
 from runtime.model.initialization import initialize
 from runtime.model.linear import linear
+from runtime.model.streams import PrefixParameters
 from runtime.optim.optimizers import build
+
+_HAND_OUT_PARAMETERS = Depth, Relaxation, PrefixParameters
+"""Modules whose results are no activations."""
 
 
 class Coordinate(NamedTuple):
@@ -34,7 +39,7 @@ class Coordinate(NamedTuple):
     output: str
     """What was measured, such as "attention.q_proj", whichever block it is in."""
     depth: int | None
-    """Unrolled: each use of a block is a row of its own."""
+    """Unrolled: each use of a block is a row of its own. Of an injection that which it is the input of."""
     mean_abs: float
     change: float
     """Mean absolute difference from step 0."""
@@ -114,6 +119,7 @@ class _Observer:
     def __init__(self) -> None:
         self.values: dict[tuple[str, int | None], Tensor] = {}
         self._depth: int | None = None
+        self._next_depth = 0
         self._latest: Tensor | None = None
 
     def depth_output(self, depth: int, x: Tensor) -> None:
@@ -129,7 +135,9 @@ class _Observer:
             if isinstance(module, Block):
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave))
-            elif name and not isinstance(module, nn.ModuleList):
+            elif name == "injection":
+                handles.append(module.register_forward_hook(self._inject))
+            elif name and not isinstance(module, (nn.ModuleList, *_HAND_OUT_PARAMETERS)):
                 handles.append(module.register_forward_hook(self._keeper(name)))
             if isinstance(module, MixtureOfExperts):
                 handles.append(module.register_forward_pre_hook(self._look_inside))
@@ -141,9 +149,13 @@ class _Observer:
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._depth = kwargs["depth"]
+        self._next_depth = self._depth + 1
 
     def _leave(self, *_: Any) -> None:
         self._depth = None
+
+    def _inject(self, module: nn.Module, args: Any, result: Tensor) -> None:
+        self.values["injection", self._next_depth] = result
 
     def _look_inside(self, module: MixtureOfExperts, args: tuple[Tensor]) -> None:
         self.values["feed_forward.router", self._depth] = linear(args[0], module.router.weight)

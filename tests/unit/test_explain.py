@@ -9,6 +9,7 @@ from launch import check_coordinates, explain, main
 from launch.coordinates import Coordinate, at_width, recorded, slopes, with_base
 from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
+from runtime.model.initialization import initialize
 from tests.presets import SMALL
 
 BASE = {"base_hidden_size": 4, "base_intermediate_size": 8, "base_num_heads": 1, "base_head_dim": 4}
@@ -149,6 +150,40 @@ def test_each_use_of_a_reused_block_is_recorded():
         assert [depth for name, depth in found if name == output] == list(range(6)), output
     assert {name for name, depth in found if depth is None} == {"embedding", "norm", "logits"}
     assert not torch.equal(found["block", 0], found["block", 2])
+
+
+def test_each_injection_is_recorded_and_parameters_that_are_handed_out_are_not():
+    model = ModelConfig(
+        num_layers=4,
+        hidden_size=8,
+        intermediate_size=8,
+        num_heads=2,
+        vocab_size=11,
+        norm_scaling="depth",
+        init="normal",
+        tying={"plan": "cycle", "loops": 2, "own_norms": True, "relaxation": "lora", "injection": "linear"},
+        streams={"count": 2, "prefix_tokens": 3},
+    )
+    decoder = Decoder(model)
+    initialize(decoder, 0)
+    found = recorded(decoder, torch.arange(8).view(2, 4))
+    assert [depth for name, depth in found if name == "injection"] == [0, 2]
+    assert not torch.equal(found["injection", 0], found["injection", 2])
+    assert not any(name.startswith("depths") or name.endswith("prefix") for name, _ in found)
+    assert not any(value.requires_grad for value in found.values())
+
+
+OF_DEPTHS = {
+    "LoRA": 'model.tying={ plan = "cycle", loops = 2, relaxation = "lora", rank = 4 }',
+    "streams": "model.streams={ count = 2, prefix_tokens = 4 }",
+    "prefixes of blocks": 'model.streams={ count = 2, prefix_tokens = 4, prefix = "block" }',
+}
+
+
+@pytest.mark.parametrize("option", OF_DEPTHS.values(), ids=OF_DEPTHS)
+@pytest.mark.filterwarnings("error")
+def test_what_belongs_to_depths_transfers_under_mup(preset, tmp_path, option):
+    assert coordinates(preset, tmp_path, *WIDTHS, "model.parametrization.kind=mup", option) == 0
 
 
 def test_the_check_looks_inside_experts(preset, tmp_path, capsys):
