@@ -10,11 +10,12 @@ def update_router_biases(decoder: nn.Module, counts: Tensor, skip: Tensor) -> No
     by `bias_rate` (Wang et al. 2024, arXiv 2408.15664, algorithm 1); not at all where `skip` (0-d) is 1.0.
 
     counts [blocks, experts]: choices in the whole global batch, so that neither micro-batches nor ranks decide. A bias
-    is used from the next step on, and so sees nothing of the tokens that it chooses for.
+    is used from the next step on, and so sees nothing of the tokens that it chooses for. A frozen backbone's stays.
     """
-    if decoder.config.experts.balance != "bias":
+    config = decoder.config
+    if config.experts.balance != "bias" or config.streams.backbone == "frozen":
         return
-    steps = (counts.mean(1, keepdim=True) - counts).sign() * decoder.config.experts.bias_rate
+    steps = (counts.mean(1, keepdim=True) - counts).sign() * config.experts.bias_rate
     steps = torch.where(skip.bool(), 0.0, steps)
     for block, step in zip(decoder.blocks, steps, strict=True):
         block.feed_forward.router.bias += step

@@ -146,9 +146,16 @@ def test_a_bias_moves_against_the_choices_unless_the_step_is_skipped():
     assert float(imbalance(counts)) == 4.0
 
 
-@pytest.mark.parametrize("balance", ["loss", "none"])
-def test_a_bias_that_does_not_balance_stays(balance):
-    decoder = Decoder(config({"balance": balance}))
+FROZEN = {"count": 2, "prefix_tokens": 3, "backbone": "frozen"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"experts": {"balance": "loss"}}, {"experts": {"balance": "none"}}, {"streams": FROZEN}],
+    ids=["loss", "none", "frozen"],
+)
+def test_a_bias_that_does_not_balance_or_is_frozen_stays(options):
+    decoder = Decoder(config(**options))
     update_router_biases(decoder, torch.arange(16.0).view(4, 4), torch.tensor(0.0))
     assert not any(block.feed_forward.router.bias.any() for block in decoder.blocks)
 
