@@ -51,6 +51,7 @@ from benchmarks.bench import (
     write,
 )
 from runtime.config import OptimConfig, ParallelConfig
+from runtime.host_memory import keep_freed_memory
 from runtime.model.config import ModelConfig
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
@@ -242,6 +243,8 @@ def _rank(rank: int, folder: Path, job: Callable[..., Any], arguments: tuple[Any
     on_gpu = torch.cuda.device_count() >= WORLD
     if on_gpu:
         torch.cuda.set_device(rank)
+    else:
+        keep_freed_memory()
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
     shape = arguments[0]
