@@ -1,5 +1,7 @@
 """The pages say what is there: every key with its default, options and files that exist, presets that compose."""
 
+import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -11,8 +13,10 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from benchmarks import bench
 from growth.operator import find, names
 from launch.config import compose
+from launch.growth_arguments import split_steps
 from launch.growth_config import RunConfiguration as Config
 from launch.ladder import laid_over, read_ladder
 from launch.ladder_runs import plan
@@ -93,12 +97,16 @@ def test_keys_named_in_the_text_exist(page):
     assert {word for word in words if re.fullmatch(rf"(?:{sections})(?:\.(?!{suffixes})[a-z_]+)+", word)} <= known
 
 
-def options(path: Path) -> set[str]:
-    """Those that a script adds itself, and with `arguments` those that all benchmarks have."""
+def source(path: Path) -> str:
+    """A script, and with `arguments` what gives all benchmarks their options."""
     text = path.read_text()
     if re.search(r"from benchmarks\.bench import [\s(\w,]*\barguments\b", text):
         text += (ROOT / "benchmarks" / "bench.py").read_text()
-    return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', text))
+    return text
+
+
+def options(path: Path) -> set[str]:
+    return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', source(path)))
 
 
 SCRIPTS = {ids(path): options(path) for path in (*ROOT.glob("launch/*.py"), *ROOT.glob("benchmarks/*.py"))}
@@ -107,16 +115,42 @@ SCRIPTS["launch/grow.py"] |= {
 }
 
 
+def commands(page: Path) -> Iterator[tuple[str, str]]:
+    """The scripts that a page calls, with what follows them."""
+    for command in re.sub(r"\\\n\s*", "", page.read_text()).splitlines():
+        for script in SCRIPTS:
+            for after in command.split(script)[1:2]:
+                yield script, after.split("`")[0]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_options_in_the_text_exist(page):
-    text = page.read_text()
     known = OTHERS.union(*SCRIPTS.values())
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
-    for command in re.sub(r"\\\n\s*", "", text).splitlines():
-        for script, accepted in SCRIPTS.items():
-            after = command.split(script)[1:]
-            used = re.findall(r"(?<![\w-])--[a-z][\w-]*", after[0].split("`")[0]) if after else []
-            assert set(used) <= accepted, command
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text())) <= known
+    for script, after in commands(page):
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", after)) <= SCRIPTS[script], after
+
+
+def choices(script: str) -> dict[str, tuple[set[str], bool]]:
+    """What each option of a script that has `choices` accepts, and whether it takes several."""
+    found = {}
+    names = vars(importlib.import_module(script.removesuffix(".py").replace("/", "."))) | vars(bench)
+    for call in (each for each in ast.walk(ast.parse(source(ROOT / script))) if isinstance(each, ast.Call)):
+        given = {each.arg: each.value for each in call.keywords}
+        if "choices" in given:
+            accepted = set(map(str, eval(ast.unparse(given["choices"]), names)))
+            found[call.args[0].value] = accepted, "nargs" in given
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_values_in_the_text_are_among_the_choices(page):
+    for script, after in commands(page):
+        for option, (accepted, several) in choices(script).items() if "--" in after else ():
+            for values in re.findall(rf"(?<!\S){option}[ =]((?:(?!--)\S+ ?)+)", after):
+                assert set(values.split()[: None if several else 1]) <= accepted, after
+        if script == "launch/grow.py" and "--operator" in after:
+            split_steps(shlex.split(after, comments=True))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
