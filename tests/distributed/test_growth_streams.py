@@ -67,8 +67,10 @@ def test_a_checkpoint_is_grown_as_the_run_was(run, tmp_path):
         assert grow([str(source), str(tmp_path / "grown"), "--operator", "streams.add", *options]) == 0
         thaw = ["--operator", "streams.backbone", "--to", "trained"]
         assert grow([str(tmp_path / "grown"), str(tmp_path / "thawed"), *thaw]) == 0
+        one = ["--operator", "streams.keep", "--count", "1"]
+        assert grow([str(tmp_path / "grown"), str(tmp_path / "one"), *one]) == 0
     found = {}
-    for name in ("grown", "thawed"):
+    for name in ("grown", "thawed", "one"):
         (path,) = (tmp_path / name / "checkpoints").iterdir()
         found[name] = UnshardedCheckpoint(path)
     live = checkpoint(run, GROWS_AT, 1)
@@ -78,3 +80,6 @@ def test_a_checkpoint_is_grown_as_the_run_was(run, tmp_path):
         assert torch.equal(found["grown"][name], live[name]) or ("prefix" in name or "aggregation" in name), name
         assert torch.equal(found["thawed"][name], found["grown"][name])
     assert bool((found["thawed"]["optimizer.norm.weight.exp_avg_sq"] == 0).all())
+    before = checkpoint(run, GROWS_AT, 0)
+    assert changed(before, found["one"]) == set() and set(weights(before)) == set(weights(found["one"]))
+    assert bool((found["one"]["optimizer.norm.weight.exp_avg_sq"] == 0).all())

@@ -65,6 +65,38 @@ def test_old_streams_keep_their_proportions_and_a_new_one_has_their_mean():
     assert torch.allclose(after[..., 2], mean) and torch.allclose(after[..., 3], mean)
 
 
+FOUR = {"count": 4, "prefix_tokens": 3, "smoothing": 0.0}
+LARGER = {
+    "plain": {"streams": FOUR},
+    "grouped, quiet": {"num_kv_heads": 2, "streams": FOUR | {"quiet": True}},
+    "shared": {"streams": FOUR | {"prefix": "block"}, "tying": {"plan": "cycle", "loops": 2}},
+}
+
+
+@pytest.mark.parametrize("variant", LARGER)
+def test_fewer_streams_are_the_model_whose_others_are_never_heard(variant):
+    decoder, tokens = random_decoder(config(**LARGER[variant])), random_tokens()
+    plan = plan_of(decoder, ("streams.keep", {"count": 2}))
+    two = grown(plan, decoder)
+    assert not plan.preserves and two.config.streams == decoder.config.streams.model_copy(update={"count": 2})
+    assert difference(decoder, two, tokens) > 1e-3
+    with torch.no_grad():
+        decoder.aggregation.aggregation_in.weight.unflatten(1, (-1, 4))[:, :, 2:] = 0
+        decoder.aggregation.aggregation_out.bias[2:] = -1e4
+    assert difference(decoder, two, tokens) < 1e-12
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fewer_streams_undo_more(variant):
+    decoder = random_decoder(config(**VARIANTS[variant]))
+    before = decoder.config.streams.count
+    plan = plan_of(decoder, ("streams.add", {"count": 5, "backbone": "frozen"}), ("streams.keep", {"count": before}))
+    old, new = weights(decoder), weights(grown(plan, decoder))
+    assert old.keys() == new.keys() and all(torch.equal(new[name], old[name]) for name in old)
+    frozen = {"backbone": "frozen"} if before > 1 else {}
+    assert plan.target.streams == decoder.config.streams.model_copy(update=frozen)
+
+
 def test_a_quiet_start_from_one_stream_is_nearly_the_model_and_a_loud_one_is_not():
     decoder, tokens = Decoder(config(init_std=0.1)).double(), random_tokens()
     initialize(decoder, 0)
@@ -114,6 +146,16 @@ def test_old_parts_keep_their_optimizer_state_and_new_ones_begin_at_zero():
     for name, wanted in expected.items():
         assert torch.equal(found[name, "exp_avg_sq"], wanted), name
         assert found[name, "step"] == 7
+
+
+def test_the_streams_that_stay_keep_their_optimizer_state():
+    decoder = random_decoder(config(streams=FOUR | {"quiet": True}))
+    plan = plan_of(decoder, ("streams.keep", {"count": 2}))
+    assert set(plan.moments.values()) == {Moments.KEEP}
+    state = {f"optimizer.{name}.{kind}": each for name, each in weights(decoder).items() for kind in STATES}
+    found = state_after(plan, {name: torch.tensor(7.0) if "step" in name else each for name, each in state.items()})
+    for name, each in weights(grown(plan, decoder)).items():
+        assert torch.equal(found[name, "exp_avg"], each) and found[name, "step"] == 7, name
 
 
 def test_a_thawed_backbone_begins_with_empty_optimizer_state():
@@ -167,6 +209,8 @@ def test_two_steps_in_one_growth_draw_different_prefixes():
         ({"streams": TWO}, "streams.add", {"count": 2}, "count 2 is not more than the model's 2 streams"),
         ({"streams": TWO}, "streams.add", {"count": 3, "prefix_tokens": 5}, "prefix_tokens 5 is not that.*accepted: 3"),
         ({"streams": TWO}, "streams.add", {"count": 3, "quiet": True}, "quiet True is not that.*accepted: False"),
+        ({"streams": TWO}, "streams.keep", {"count": 2}, "count 2 is not less than the model's 2 streams"),
+        ({}, "streams.keep", {"count": 1}, "count 1 is not less than the model's 1 streams"),
         ({}, "streams.backbone", {"to": "frozen"}, "one stream"),
         ({"streams": TWO}, "streams.backbone", {"to": "trained"}, "is trained already"),
     ],
