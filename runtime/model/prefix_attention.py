@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+_FLASH_DTYPES = torch.bfloat16, torch.float16
+"""Of the kernel of GPUs, which takes heads of up to 256, in multiples of 8."""
 _CHUNK = 128
 """Queries that go together: enough to fill the tiles of the CPU's kernel."""
 _LONG = 2048
@@ -41,13 +43,21 @@ def attend(
     if query.is_cpu:
         key, value = (torch.cat(pair, 2) for pair in zip(prefix, (key, value), strict=True))
         return _InParts.apply(query, key, value, mask, bias, prefix[0].shape[2], scale)
-    if mask is None and bias is None:
-        key, value = (torch.cat(pair, 2) for pair in zip(prefix, (key, value), strict=True))
-        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler, a second of every start
-
-        lower_right = causal_lower_right(query.shape[2], key.shape[2])
-        return F.scaled_dot_product_attention(query, key, value, lower_right, scale=scale, enable_gqa=grouped)
+    fits = query.dtype in _FLASH_DTYPES and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+    if mask is None and bias is None and fits:
+        return by_flash(query, key, value, prefix, scale)
     return with_mask(query, key, value, mask, prefix, bias, scale)
+
+
+def by_flash(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """`attend` without mask and bias by the kernel of GPUs (of compute capability 8.0 and later), whose causal flag is
+    aligned to the lower right where keys are more than queries.
+
+    torch's own function takes the flag for a square alone, and what it offers instead, `torch.nn.attention.bias`, calls
+    the kernel as this does, but cannot be compiled where it is built.
+    """
+    key, value = (torch.cat(pair, 2) for pair in zip(prefix, (key, value), strict=True))
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal=True, scale=scale)[0]
 
 
 def with_mask(

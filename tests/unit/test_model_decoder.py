@@ -172,6 +172,10 @@ def test_blocks_compile_to_one_graph_for_all_depths():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+HALF = {"base_hidden_size": 16, "base_intermediate_size": 24, "base_num_heads": 2, "base_head_dim": 8}
+"""A base of half the width, so that no multiplier is 1."""
+
+
 def looped(**options):
     return {"num_layers": 4, "tying": {"plan": "cycle", "loops": 2, **options}}
 
@@ -196,6 +200,10 @@ def looped(**options):
         ({"streams": {"count": 2, "prefix_tokens": 3, "quiet": True}}, [None]),
         ({"experts": {"count": 4}}, [None]),
         ({"templates": 2}, [None]),
+        ({"parametrization": {"kind": "mup", **HALF}}, [None]),
+        ({"parametrization": {"kind": "completep", "base_num_layers": 1, **HALF}}, [None]),
+        ({"sandwich_norm": "branch"}, [None]),
+        (looped(own_norms=True) | {"sandwich_norm": "stream"}, [None]),
     ],
     ids=str,
 )
@@ -214,6 +222,42 @@ def test_every_option_compiles_to_one_graph(options, loops, mode, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for ours, reference in zip(decoder.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-3, atol=1e-3)
+
+
+OFF_THE_CPU = {
+    "plain": {"num_kv_heads": 2, "qk_norm": True},
+    "layernorm": {"norm": "layernorm"},
+    "norms and scales of depths": looped(own_norms=True, own_scales=True),
+    "LoRA": looped(relaxation="lora", rank=3),
+    "MiSS": looped(relaxation="miss", rank=3),
+    "experts": {"experts": {"count": 4}},
+    "templates": {"templates": 2},
+    "streams": {"num_kv_heads": 2, "streams": {"count": 2, "prefix_tokens": 3}},
+    "quiet streams": {"streams": {"count": 2, "prefix_tokens": 3, "quiet": True}},
+}
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(each, id=name, marks=() if "streams" in each else pytest.mark.slow)
+        for name, each in OFF_THE_CPU.items()
+    ],
+)
+def test_every_option_compiles_off_the_cpu(options, documents, monkeypatch):
+    """In bf16, by the kernels of a GPU, which are not run: the device is meta."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.device("meta"):
+        decoder, tokens = Decoder(ModelConfig(**BASE | options)).bfloat16(), torch.zeros(2, 16, dtype=torch.int64)
+    for block in decoder.blocks:
+        compile_block(block)
+    loss = decoder(tokens, tokens, document_ids=tokens if documents else None)
+    loss.total.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert all(each.grad is not None for each in decoder.parameters() if each.requires_grad)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.model import prefix_attention
 from runtime.model.cache import KeyValueCache
@@ -10,9 +11,10 @@ from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
-from runtime.model.prefix_attention import attend, with_mask
+from runtime.model.prefix_attention import attend, by_flash, with_mask
 from tests.growing import config, random_decoder, random_tokens
 
+aten = torch.ops.aten
 STREAMS = {"count": 3, "prefix_tokens": 4, "smoothing": 0.1}
 VARIANTS = {
     "plain": {},
@@ -179,6 +181,35 @@ def in_full(query, key, value, mask, prefix, bias, scale):
     return logits.softmax(-1) @ value
 
 
+class _FlashOnCpu(TorchDispatchMode):
+    """The kernel of GPUs, whose causal flag is aligned to the lower right, by that of CPUs with a mask."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._scaled_dot_product_flash_attention.default:
+            query, key, value, dropout, is_causal = args
+            assert is_causal and not dropout
+            out, sums = aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, attn_mask=self.mask(query, key), **kwargs
+            )
+            nothing = query.new_empty(0)
+            return out, sums, nothing, nothing, 0, 0, nothing, nothing, nothing
+        if func is aten._scaled_dot_product_flash_attention_backward.default:
+            grad, query, key, value, out, sums = args[:6]
+            return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, query, key, value, out, sums, 0.0, False, attn_mask=self.mask(query, key), **kwargs
+            )
+        return func(*args, **kwargs or {})
+
+    def mask(self, query, key):
+        queries, keys = query.shape[2], key.shape[2]
+        seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        return torch.zeros(1, 1, queries, keys, dtype=query.dtype).masked_fill(~seen, -torch.inf)
+
+
+def flash(query, key, value, mask, prefix, bias, scale):
+    return by_flash(query, key, value, prefix, scale)
+
+
 @pytest.mark.parametrize("length", [1, 9, 24])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
@@ -203,11 +234,22 @@ def test_attention_over_a_prefix_is_softmax_over_all_keys(monkeypatch, length, k
         y = attention(query, key, value, given, prefix, bias, 0.4)
         return [y, *torch.autograd.grad(y, inputs, grad)]
 
-    ways = [attend, with_mask] if documents or quiet else [attend, with_mask, padded_queries]
+    ways = [attend, with_mask] if documents or quiet else [attend, with_mask, padded_queries, flash]
     expected = run(in_full)
     for way in ways:
-        for found, wanted in zip(run(way), expected, strict=True):
-            assert torch.allclose(found, wanted, rtol=1e-11, atol=1e-11)
+        with _FlashOnCpu():
+            found = run(way)
+        for ours, wanted in zip(found, expected, strict=True):
+            assert torch.allclose(ours, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_kernel_of_gpus_is_aligned_to_the_lower_right(kv_heads):
+    query, *keys = (torch.randn(2, heads, 40, 64).cuda().bfloat16() for heads in (4, kv_heads, kv_heads))
+    prefix = tuple(torch.randn(2, 2, kv_heads, 3, 64).cuda().bfloat16().unbind())
+    found, wanted = (each(query, *keys, None, prefix, None, 0.1) for each in (flash, with_mask))
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_a_mask_that_adds_and_one_that_selects_are_one():
