@@ -142,6 +142,14 @@ def test_the_check_tells_parametrisations_apart(preset, tmp_path, capsys):
     assert "does not transfer over width: after 2 steps beyond 0.3: attention.q_proj" in capsys.readouterr().out
 
 
+def test_over_depths_completep_transfers_and_the_standard_one_does_not(preset, tmp_path, capsys):
+    depths = ("--depths", "2,4,8", "--steps", "2", "--lr", "0.03")
+    assert coordinates(preset, tmp_path, *depths, "model.parametrization.kind=completep") == 0
+    assert "transfers over depth: every slope" in capsys.readouterr().out
+    assert coordinates(preset, tmp_path, *depths) == check_coordinates.NOT_TRANSFERRING
+    assert "block" in capsys.readouterr().out.rpartition("beyond 0.3: ")[2]
+
+
 def test_each_use_of_a_reused_block_is_recorded():
     tying = {"plan": "cycle", "loops": 3, "own_norms": True}
     model = ModelConfig(num_layers=6, hidden_size=8, intermediate_size=8, num_heads=2, vocab_size=11, tying=tying)
