@@ -161,6 +161,33 @@ def test_a_run_resumed_on_another_mesh_goes_the_same_way(folder, whole, processe
     assert column(rows, "loss") == pytest.approx(column(whole, "loss"), rel=TOLERANCE)
 
 
+def test_what_belongs_to_depths_and_streams_moves_between_meshes(folder):
+    """Relaxations, norms and prefixes with their moments, under multipliers that no tensor carries."""
+    model = {
+        "tying": {"plan": "cycle", "loops": 2, "own_norms": True, "relaxation": "lora", "rank": 3},
+        "streams": {"count": 2, "prefix_tokens": 3},
+        "parametrization": {
+            "kind": "mup",
+            "base_hidden_size": 16,
+            "base_intermediate_size": 32,
+            "base_num_heads": 2,
+            "base_head_dim": 8,
+        },
+    }
+    whole = train(folder, "unusual", model=model)
+    for until, processes, parallel in ((6, 4, {"tensor": 2}), (12, 2, {})):
+        run = {"until": until * BATCH}
+        moved = train(folder, "unusual-moved", processes, run=run, model=model, parallel=parallel)
+    for key in ("lr", "tokens", "sequences", "flops"):
+        assert column(moved, key) == column(whole, key)
+    for key in ("loss", "grad_norm"):
+        assert column(moved, key) == pytest.approx(column(whole, key), rel=TOLERANCE)
+    weights, _ = open_unsharded(folder / "runs" / "unusual-moved")
+    for name in ("relaxations.q_proj.relaxation_out", "attention_norm.weight", "prefix.prefix_keys"):
+        state = f"optimizer.depths.1.{name}"
+        assert weights[f"{state}.exp_avg"].any() and weights[f"{state}.step"] == 12
+
+
 def test_a_branch_carries_all_and_a_new_run_only_the_weights(folder, whole):
     parent = str(folder / "runs" / "whole")
     late = {"schedule": {"horizon": 15 * BATCH, "kind": "constant"}}
