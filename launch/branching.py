@@ -14,7 +14,7 @@ from runtime.checkpoint.storage import open_storage
 from runtime.checkpoint.unsharded import complete, peek
 from runtime.config import Config
 from runtime.model.counts import flops_per_token
-from runtime.timetable import Timetable, build_timetable
+from runtime.timetable import Timetable, branch_event, build_timetable
 from runtime.units import parse_tokens
 from schedulers import tails
 from schedulers.phases import decay_began, is_warming
@@ -76,7 +76,8 @@ class Parent:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        return self.description["train"]["events"]
+        """What a branch of it has behind it."""
+        return [*self.description["train"]["events"], branch_event(self.tokens)]
 
     @property
     def rate(self) -> float:

@@ -26,18 +26,18 @@ from runtime.observe.run_directory import RunDirectory
 from runtime.optim.ema import EMA
 from runtime.optim.optimizers import build as build_optimizer
 from runtime.optim.regions import Regions, prune
-from runtime.origin import Origin, is_resume, parent_of, refuse_finished, refuse_merged
+from runtime.origin import Origin, is_resume, parent_of, refuse_finished, refuse_late_branch, refuse_merged
 from runtime.parallel.mesh import Mesh
 from runtime.parallel.parallelize import compute_dtype, materialize, parallelize
 from runtime.parts import Parts
 from runtime.persistence import Persistence
 from runtime.reporting import Reporter
 from runtime.resilience.guard import StepGuard
-from runtime.resume import refuse_changes, refuse_other_optimizer
+from runtime.resume import has_schedule, refuse_changes, refuse_other_optimizer
 from runtime.session import Session, bad_input, open_session
 from runtime.startup import agree, read_or_warn
 from runtime.state import TrainState
-from runtime.timetable import build_timetable
+from runtime.timetable import branch_event, build_timetable
 from runtime.trainer import Trainer
 
 
@@ -57,10 +57,14 @@ def restore_state(config: Config, inputs: Inputs, origin: Origin | None) -> tupl
     state = TrainState.from_json(stored["train"])
     if origin.carry == "all":
         refuse_merged(origin, where)
+        if config.schedule.branch.at is not None and not has_schedule(stored["config"], config):
+            refuse_late_branch(state, config)
+            state.events = [*state.events, branch_event(state.clock.tokens)]
         refuse_finished(state, config)
         refuse_other_optimizer(stored["config"], config, where)
         state.lineage = [*state.lineage, parent_of(origin)]
         state.segment, state.segment_start = 0, state.clock.tokens
+    build_timetable(config, state.events)  # which may not go together, as a remap and an earlier end
     return state, *open_history(inputs, config, state.mixture, state.position)
 
 

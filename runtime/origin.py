@@ -74,14 +74,19 @@ def read_description(store: CheckpointStore, name: str) -> dict[str, Any]:
     return stored
 
 
-def refuse_finished(state: TrainState, config: Config) -> None:
-    """ValueError if a run that begins from another would begin where it ends, or within its tail."""
-    end, at = config.end, config.schedule.branch.at
-    if at is not None and state.clock.tokens > at:
+def refuse_late_branch(state: TrainState, config: Config) -> None:
+    """ValueError if a branch would leave its parent behind the branch point, within a tail that is not its parent's."""
+    at = config.schedule.branch.at
+    if state.clock.tokens > at:
         raise ValueError(
-            f"start.from = {config.start.from_!r} has seen {state.clock.tokens:,} tokens, and schedule.branch.at = "
-            f"{at:,} lies before that: the learning rate would jump"
+            f"start.from = {config.start.from_!r} has seen {state.clock.tokens:,} tokens by another [schedule], and "
+            f"schedule.branch.at = {at:,} lies before that: the learning rate would jump"
         )
+
+
+def refuse_finished(state: TrainState, config: Config) -> None:
+    """ValueError if a run that begins from another would begin where it ends."""
+    end = config.end
     if end is not None and state.clock.tokens >= end:
         raise ValueError(
             f"start.from = {config.start.from_!r} has seen {state.clock.tokens:,} tokens and this run ends at {end:,}; "

@@ -1,6 +1,6 @@
 """What may change when a run is resumed, and what may not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -23,19 +23,28 @@ evaluation cadence are free; the data's sources have a rule of their own."""
 
 def refuse_changes(stored: dict[str, Any], config: Config, checkpoint: str) -> None:
     """ValueError that names every key in which a stored configuration and this one decide differently."""
-    current = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    frozen = FROZEN | _measured(config.batch)
-    changed = [
-        f"{section}.{key} = {current[section].get(key)!r} (was {before!r})"
-        for section, keys in frozen.items()
-        for key in keys or current[section].keys() | stored.get(section, {}).keys()
-        if (before := _stored(stored.get(section, {}), section, key)) != current[section].get(key)
-    ]
+    changed = _changed(stored, config, FROZEN | _measured(config.batch))
     if changed:
         raise ValueError(
             f"{', '.join(sorted(changed))}: the run's {checkpoint} was trained otherwise; put it back, or begin a new "
             "run from it, with another run.name and start.from"
         )
+
+
+def has_schedule(stored: dict[str, Any], config: Config) -> bool:
+    """Whether a configuration has the schedule of a stored one, a branch's tail included."""
+    return not _changed(stored, config, {"schedule": None})
+
+
+def _changed(stored: dict[str, Any], config: Config, sections: Mapping[str, Sequence[str] | None]) -> list[str]:
+    """The keys of these sections, all or those named, that differ, with both values."""
+    current = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return [
+        f"{section}.{key} = {current[section].get(key)!r} (was {before!r})"
+        for section, keys in sections.items()
+        for key in keys or current[section].keys() | stored.get(section, {}).keys()
+        if (before := _stored(stored.get(section, {}), section, key)) != current[section].get(key)
+    ]
 
 
 def _measured(batch: BatchConfig) -> dict[str, Sequence[str] | None]:

@@ -60,13 +60,13 @@ def build_timetable(config: Config, events: Sequence[Event] = ()) -> Timetable:
 
     A growth event's `schedule` is {"kind": "continue"}, {"kind": "rewarm", "scope", "start", "peak", "tokens"} or
     {"kind": "remap", "to"}; they adjust the learning rate in their order. A re-warm of what is new alone is none of the
-    base rate: the regions have it. What its parent has grown through is part of what a branch anneals. A measured
-    batch_change event names the `sequences` from there on.
+    base rate: the regions have it. What its parent has grown through is part of what a branch anneals, and its own
+    growths change the tail. A measured batch_change event names the `sequences` from there on.
     """
     section, batch, coupling = config.schedule, config.batch, config.batch.coupling.build()
     batches, at = config.batches, section.branch.at
     grown = [(event["tokens"], event["schedule"]) for event in events if event["event"] == "growth"]
-    inherited = [each for each in grown if at is None or each[0] <= at]
+    inherited = grown if at is None else grown[: _inherited(events, at)]
     schedule = section.unbranched(config.optim.lr, batch.sequences, config.data.seq_len)
     schedule = _adjusted(schedule, inherited, section.horizon)
     if batch.kind == "seesaw":
@@ -82,10 +82,23 @@ def build_timetable(config: Config, events: Sequence[Event] = ()) -> Timetable:
     return Timetable(schedule, batches, coupling, config.optim.adam_betas[1], config.data.seq_len)
 
 
+def branch_event(tokens: int) -> Event:
+    """Of a run that leaves its parent as a branch after `tokens`: growths before it are the parent's."""
+    return {"event": "branch", "tokens": tokens}
+
+
+def _inherited(events: Sequence[Event], at: int) -> int:
+    """Growths that a branch anneals: its parent's, and any of before the branch point. At the point itself both may
+    have grown, and there the order of events tells."""
+    left = max((number for number, each in enumerate(events) if each["event"] == "branch"), default=0)
+    growths = [number for number, each in enumerate(events) if each["event"] == "growth"]
+    return sum(number < left or events[number]["tokens"] < at for number in growths)
+
+
 def _adjusted(schedule: Schedule, grown: Sequence[Change], horizon: int | None) -> Schedule:
     for tokens, change in grown:
         if change["kind"] == "remap":
-            schedule = Remapped(schedule, at=tokens, to=change["to"], horizon=horizon)
+            schedule = _remapped(schedule, tokens, change["to"], horizon)
     # Outside all remaps, so that going back to an earlier place of the schedule repeats no re-warm.
     for tokens, change in grown:
         if change["kind"] == "rewarm" and change["scope"] == "all":
@@ -93,3 +106,12 @@ def _adjusted(schedule: Schedule, grown: Sequence[Change], horizon: int | None) 
                 schedule, at=tokens, tokens=change["tokens"], start=change["start"], peak=change["peak"]
             )
     return schedule
+
+
+def _remapped(schedule: Schedule, at: int, to: int, horizon: int | None) -> Remapped:
+    if horizon is None:
+        raise ValueError(f"the growth at {at:,} tokens has remapped towards schedule.horizon, which is not given")
+    try:
+        return Remapped(schedule, at=at, to=to, horizon=horizon)
+    except ValueError as error:
+        raise ValueError(f"the growth at {at:,} tokens: {error}") from None

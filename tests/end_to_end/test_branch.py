@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 import torch
 
-from launch import branch, merge
+from launch import branch, grow, merge
 from launch.branching import Anneal, open_parent
 from launch.branching import branched as branched_by
 from launch.chain import refuse_other_texts
@@ -188,6 +188,26 @@ def test_a_start_within_a_branch_is_refused(folder: Path, checkpoints: Path, tmp
     command = [str(folder / "stable.toml"), "run.name=late", "growth=[]", "model.num_layers=4"]
     start = [f"start.from={checkpoints / STABLE}", f"schedule.branch.at={AT - 1}", f"schedule.branch.decay={HORIZON}"]
     assert_refused([Case([*command, *start], ["schedule.branch.at", "would jump"], folder)])
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "expected"),
+    [
+        # At the branch point itself: the tail times a re-warm that takes as long as it.
+        (0, ["--schedule", f"rewarm,tokens={4 * BATCH}"], [0.25, 0.25, 0.75 * (1 - 0.5**0.5), 1 - 0.75**0.5]),
+        (2, [], [1 - 0.5**0.5, 1 - 0.75**0.5]),
+    ],
+    ids=["at the branch point", "in the tail"],
+)
+def test_a_branch_that_was_grown_goes_on_by_its_own_tail(folder, branched, tmp_path, step, options, expected):
+    source = folder / "runs" / QUARTER / "checkpoints" / f"tokens-{AT + step * BATCH}-segment-0"
+    out, name = tmp_path / "grown", f"grown-after-{step}"
+    assert grow.main([str(source), str(out), "--operator", "depth.stack", "--factor", "2", *options]) == 0
+    start = [f"run.name={name}", "model.num_layers=8", f"start.from={out}"]
+    launch([str(folder / "runs" / QUARTER / "config.toml"), *start])
+    rows = read_rows(folder / "runs" / name / "metrics.jsonl")
+    assert [row["tokens"] for row in rows] == [AT + number * BATCH for number in range(step + 1, 5)]
+    assert [row["lr"] for row in rows] == pytest.approx([1.3e-2 * share for share in expected])
 
 
 def compared(rank: int, texts: list[str]) -> str:

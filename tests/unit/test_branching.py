@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from launch.branching import Anneal
 from launch.config import compose, dump
-from runtime.timetable import build_timetable
+from runtime.timetable import branch_event, build_timetable
 from schedulers import tails
 from schedulers.learning_rate import Annealed, wsd
 from schedulers.phases import decay_began, is_warming
@@ -71,12 +71,41 @@ def test_a_branch_of_any_kind_leaves_its_parent_at_the_same_rate_and_falls(tmp_p
     assert places == sorted(places) and branch.landmarks()[-1][:2] == (AT + decay, "end")
 
 
-def test_growths_of_the_branch_itself_are_not_of_what_it_anneals(tmp_path):
+@pytest.mark.parametrize("at", [AT, AT + 20 * BATCH], ids=["at the branch point", "in the tail"])
+def test_growths_of_the_branch_itself_change_the_tail(tmp_path, at):
     made = config(tmp_path, {}, at=AT, decay=40 * BATCH)
-    later = growth(AT + 20 * BATCH, kind="rewarm", scope="all", start=0.0, peak=2.0, tokens=BATCH)
-    without, branch = build_timetable(made, [REWARM]).schedule, build_timetable(made, [REWARM, later]).schedule
-    assert branch(AT + 10 * BATCH, BATCH) == without(AT + 10 * BATCH, BATCH)
-    assert branch(AT + 30 * BATCH, BATCH) == 2 * without(AT + 30 * BATCH, BATCH) > 0
+    past = [REWARM, branch_event(AT)]
+    rewarm = growth(at, kind="rewarm", scope="all", start=0.0, peak=2.0, tokens=4 * BATCH)
+    remap = growth(at, kind="remap", to=AT + 30 * BATCH)
+    without, rewarmed, remapped = (build_timetable(made, [*past, *own]).schedule for own in ([], [rewarm], [remap]))
+    steps = range(0, AT + 40 * BATCH, BATCH)
+    factors = [1.0 if n < at else 2.0 * min(1.0, (n + BATCH - at) / (4 * BATCH)) for n in steps]
+    expected = [without(n, BATCH) * factor for n, factor in zip(steps, factors, strict=True)]
+    assert [rewarmed(n, BATCH) for n in steps] == pytest.approx(expected, rel=1e-12)
+    assert remapped(at, BATCH) == without(AT + 30 * BATCH, BATCH) < without(at, BATCH)
+    assert remapped(AT + 40 * BATCH, BATCH) == 0
+
+
+@pytest.mark.parametrize("at", [AT - 20 * BATCH, AT])
+def test_growths_of_the_parent_are_of_what_a_branch_anneals(tmp_path, at):
+    past = [growth(at, kind="remap", to=AT - 40 * BATCH)]
+    parent = build_timetable(config(tmp_path, {"kind": "inverse_sqrt"}), past).schedule
+    made = config(tmp_path, {"kind": "inverse_sqrt"}, at=AT, decay=40 * BATCH, tail="linear")
+    branch = build_timetable(made, [*past, branch_event(AT)]).schedule
+    found = [branch(AT + step * BATCH, BATCH) for step in (-1, 0, 10, 20)]
+    assert found == pytest.approx(
+        [parent(AT - BATCH, BATCH), *(parent(AT, BATCH) * share for share in (1, 0.75, 0.5))], rel=1e-12
+    )
+
+
+def test_a_remap_needs_the_end_towards_which_it_goes(tmp_path):
+    remap = [growth(60 * BATCH, kind="remap", to=50 * BATCH)]
+    for schedule, message in (
+        ({"kind": "constant", "horizon": None, "warmup": 512}, "schedule.horizon, which is not given"),
+        ({"horizon": 55 * BATCH}, "the growth at 15,360 tokens: a remap with at = 15,360 is impossible"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_timetable(config(tmp_path, schedule), remap)
 
 
 def test_a_branch_survives_its_file_and_ends_where_its_tail_does(tmp_path):
