@@ -190,7 +190,7 @@ def _supposed(state: dict[str, Any], horizon: int | None, tensor: int | None, fr
 
 def _grow(config: Config, candidate: Candidate, tokens: int) -> tuple[Config, bool]:
     """The configuration of the segment that a candidate begins here, and whether the logits stay."""
-    raw = config.model_dump(mode="json", by_alias=True) | {"growth": [{"at": tokens, **candidate.entry}]}
+    raw = config.model_dump(mode="json", by_alias=True) | {"growth": [candidate.entry_at(tokens, config.schedule.end)]}
     try:
         grown = segments(RunConfiguration.model_validate(raw))[1]
     except ValueError as error:

@@ -22,6 +22,7 @@ from growth.operator import find
 from growth.plan import Plan, Step, counter, make_plan
 from growth.verification import TOLERANCES, compare
 from launch.chain import label_of
+from launch.config import validated
 from launch.growth_arguments import growth_entry
 from launch.growth_config import GrowthConfig, policies
 from launch.growth_report import summary
@@ -109,11 +110,12 @@ def grown_parts(
 
 
 def chosen_by(arguments: Namespace, steps: Sequence[Step], stored: Mapping[str, Any]) -> Chosen:
-    """The growth that the command line asks for, of a checkpoint with this description."""
+    """The growth that the command line asks for, of a checkpoint with this description. ValueError for bad input."""
+    known = {key: value for key, value in stored["config"].items() if key in Config.model_fields}
     entry = growth_entry(
         steps,
         at=stored["train"]["clock"]["tokens"],
-        horizon=stored["config"].get("schedule", {}).get("horizon"),
+        run=validated(known, (), arguments.checkpoint) if known and arguments.schedule is not None else None,
         moments=arguments.moments,
         rates=arguments.rates,
         schedule=arguments.schedule,

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from growth.plan import Step
 from launch.growth_config import GrowthConfig
+from runtime.units import resolve_shares
 
 SETTINGS = tuple(key for key in GrowthConfig.model_fields if key not in ("at", "operator", "options", "then"))
 """Keys of a `[[growth]]` entry that a candidate may set; every other key is an option of the operator before it."""
@@ -28,6 +29,11 @@ class Candidate:
     def config(self) -> GrowthConfig:
         """The entry, validated, at token 0."""
         return GrowthConfig.model_validate({"at": 0, **self.entry})
+
+    def entry_at(self, tokens: int, end: int | None) -> dict[str, Any]:
+        """The entry of a growth after `tokens`, its shares in tokens where the run has an end."""
+        entry = {"at": tokens, **self.entry}
+        return entry if end is None else resolve_shares(GrowthConfig, entry, end)
 
     @property
     def operators(self) -> tuple[str, ...]:

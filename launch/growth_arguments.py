@@ -7,7 +7,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from growth.operator import Operator, check_options, find
 from growth.plan import Step
-from launch.growth_config import GrowthConfig
+from launch.growth_config import GrowthConfig, ScheduleChange
+from runtime.config import Config
 from runtime.units import resolve_span
 
 
@@ -70,7 +71,7 @@ def growth_entry(
     steps: Sequence[Step],
     *,
     at: int,
-    horizon: int | None,
+    run: Config | None,
     moments: str | None = None,
     rates: str | None = None,
     schedule: str | None = None,
@@ -78,8 +79,8 @@ def growth_entry(
 ) -> GrowthConfig:
     """The `[[growth]]` entry that the command line stands for. ValueError naming the option that cannot be.
 
-    moments: a policy, or ``PATTERN=POLICY,...``; schedule: ``KIND[,key=value...]``, shares of the `horizon` among the
-    values; None for an entry's own default.
+    run: of the checkpoint, None where it has none; moments: a policy, or ``PATTERN=POLICY,...``; schedule:
+    ``KIND[,key=value...]``, shares of the run's end among the values; None for an entry's own default.
     """
     (first, options), *more = steps
     raw = {
@@ -105,7 +106,7 @@ def growth_entry(
         raise ValueError(
             f"--{option}: {'.'.join(key) + ': ' if key else ''}{message} (got {found['input']!r})"
         ) from None
-    return entry.model_copy(update={"schedule": _resolved(entry.schedule, horizon)})
+    return entry.model_copy(update={"schedule": _resolved(entry.schedule, run)})
 
 
 def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
@@ -117,17 +118,20 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _resolved(schedule: Any, horizon: int | None) -> Any:
-    """The schedule's change with its shares of the horizon in tokens."""
+def _resolved(schedule: ScheduleChange, run: Config | None) -> ScheduleChange:
+    """The schedule's change with its shares of the run's end in tokens. ValueError for one that the run cannot take."""
+    end = None if run is None else run.schedule.end
     needed = {"rewarm": "tokens", "remap": "to"}.get(schedule.kind)
     value = getattr(schedule, needed) if needed else None
-    if isinstance(value, str) and horizon is None:
+    if isinstance(value, str) and end is None:
         raise ValueError(
             f"--schedule: {needed} = {value!r} is a share of a horizon, but the checkpoint's run has none; give tokens"
         )
-    if value is None:
-        return schedule
-    tokens = resolve_span(value, horizon or 0)
-    if needed == "to" and horizon is not None and tokens >= horizon:
-        raise ValueError(f"--schedule: to = {tokens:,} is not before the horizon, {horizon:,}")
-    return schedule.model_copy(update={needed: tokens})
+    if value is not None:
+        schedule = schedule.model_copy(update={needed: resolve_span(value, end or 0)})
+    if run is not None:
+        try:
+            schedule.refuse_in(run)
+        except ValueError as error:
+            raise ValueError(f"--schedule: {error}") from None
+    return schedule

@@ -67,6 +67,25 @@ class ScheduleChange(Section):
             raise ValueError('schedule.to and schedule.kind = "remap" belong together')
         return self
 
+    def refuse_in(self, config: Config) -> None:
+        """ValueError, by its key, for a change that the learning rate of such a run cannot take."""
+        if config.batch.kind == "seesaw" and self.kind != "continue":
+            raise ValueError(
+                f'kind = "{self.kind}" lifts the learning rate, and batch.kind = "seesaw" follows one that only falls'
+            )
+        if self.to is None:
+            return
+        shapes, end = [config.schedule, *config.schedule.parts], config.schedule.end
+        if any(each.kind == "power" and each.power.follows_batch for each in shapes):
+            raise ValueError(
+                'kind = "remap" reads the schedule at another pace, under which schedule.power.follows_batch would '
+                "take another batch; set it to false"
+            )
+        if end is None:
+            raise ValueError('kind = "remap" goes on towards schedule.horizon, which is not given')
+        if self.to >= end:
+            raise ValueError(f"to = {self.to:,} is not before the end of the schedule, {end:,}")
+
 
 def _policy(value: Any) -> Moments | dict[str, Moments] | str:
     """A policy for the optimizer's state, or one for each pattern. ValueError for anything else."""
@@ -158,25 +177,10 @@ class RunConfiguration(Config):
                     f"growth.{number}.batch.sequences = {entry.batch.sequences}, but batch.kind = "
                     f'"{self.batch.kind}" decides the batch'
                 )
-            if self.batch.kind == "seesaw" and entry.schedule.kind != "continue":
-                raise ValueError(
-                    f'growth.{number}.schedule.kind = "{entry.schedule.kind}" lifts the learning rate, and '
-                    'batch.kind = "seesaw" follows one that only falls'
-                )
-            if entry.schedule.to is None:
-                continue
-            if self.schedule.kind == "power" and self.schedule.power.follows_batch:
-                raise ValueError(
-                    f'growth.{number}.schedule.kind = "remap" reads the schedule at another pace, under which '
-                    "schedule.power.follows_batch would take another batch; set it to false"
-                )
-            if horizon is None:
-                raise ValueError(f"growth.{number}.schedule remaps towards schedule.horizon, which is not given")
-            if entry.schedule.to >= horizon:
-                raise ValueError(
-                    f"growth.{number}.schedule.to = {entry.schedule.to:,} is not before the end of the schedule, "
-                    f"{horizon:,}"
-                )
+            try:
+                entry.schedule.refuse_in(self)
+            except ValueError as error:
+                raise ValueError(f"growth.{number}.schedule.{error}") from None
         return self
 
 

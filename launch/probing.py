@@ -97,22 +97,23 @@ def probe_config(
     """The run that tries a candidate: it branches from the checkpoint into `folder`, and grows before its first step.
 
     description: the checkpoint's JSON state. The run ends after as many tokens as the checkpoint's own run would take
-    for the steps, and writes no more than it must. ValueError for a candidate that does not fit, and for more steps
-    than the horizon leaves.
+    for the steps, all of the batch that it has there, and writes no more than it must. ValueError for a candidate that
+    does not fit, and for more steps than the run has left.
     """
     stored = {key: value for key, value in description["config"].items() if key in Config.model_fields}
     tokens = description["train"]["clock"]["tokens"]
-    sequences = build_timetable(Config.model_validate(stored), description["train"]["events"]).batches(tokens)
-    batch_tokens = sequences * stored["data"]["seq_len"]
-    horizon = stored["schedule"].get("horizon")
-    if horizon is not None and tokens + steps * batch_tokens > horizon:
+    parent = Config.model_validate(stored)
+    plan, end = build_timetable(parent, description["train"]["events"]), parent.schedule.end
+    batch_tokens = plan.batches(tokens) * plan.seq_len
+    until = tokens + steps * batch_tokens
+    if end is not None and until > end:
         raise ValueError(
-            f"--probe {steps}: so many steps of {batch_tokens:,} tokens, from {tokens:,} on, end past the horizon of "
-            f"the checkpoint's run, {horizon:,}"
+            f"--probe {steps}: so many steps of {batch_tokens:,} tokens, from {tokens:,} on, end past the end of the "
+            f"checkpoint's run, {end:,}"
         )
     observe = {"log_every": 1, "tensorboard": False, "wandb": None, "health_every": None, "profile_steps": None}
     changed = {
-        "run": {"name": "probe", "dir": folder, "until": tokens + steps * batch_tokens, "max_minutes": None},
+        "run": {"name": "probe", "dir": folder, "until": until, "max_minutes": None},
         "model": description["model"],
         "parallel": {"data_shard": "auto"},
         "evaluation": {"every": 0},
@@ -120,9 +121,11 @@ def probe_config(
         "observe": {**observe, "memory_snapshot": False},
         "start": {"from": checkpoint, "carry": "all"},
     }
+    if parent.batch.is_measured:  # what was measured before stays, and nothing is decided within a probe
+        changed["batch"] = {"control": stored["batch"]["control"] | {"every": until + batch_tokens}}
     raw = stored | {section: stored.get(section, {}) | change for section, change in changed.items()}
     try:
-        config = RunConfiguration.model_validate(raw | {"growth": [{"at": tokens, **candidate.entry}]})
+        config = RunConfiguration.model_validate(raw | {"growth": [candidate.entry_at(tokens, end)]})
         segments(config)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -331,7 +331,10 @@ REFUSALS = {
     "another schedule": (["{small}", "{out}", *STACK, "--schedule", "restart"], "--schedule: kind: "),
     "a schedule's other key": (["{small}", "{out}", *STACK, "--schedule", "rewarm,length=3"], "--schedule: length: "),
     "no pair": (["{small}", "{out}", *STACK, "--schedule", "rewarm,3"], "'3' is not of the form key=value"),
-    "a remap past the end": (["{small}", "{out}", *STACK, "--schedule", "remap,to=1M"], "is not before the horizon"),
+    "a remap past the end": (
+        ["{small}", "{out}", *STACK, "--schedule", "remap,to=1M"],
+        "--schedule: to = 1,000,000 is not before the end",
+    ),
     "a wrong seed": (["{small}", "{out}", *STACK, "--seed", "-1"], "--seed -1 is not between 0 and"),
     "no processes": (["{small}", "{out}", *STACK, "--dry-run", "--world-size", "0"], "--world-size 0 is not 1 or more"),
     "processes of a growth": (["{small}", "{out}", *STACK, "--world-size", "2"], "--world-size belongs to --dry-run"),

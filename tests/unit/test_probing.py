@@ -11,8 +11,10 @@ from launch.candidates import parse_candidate
 from launch.config import compose, dump
 from launch.growth_config import segments
 from launch.probing import Probe, probe_config, ranking, read_probe, table
-from runtime.clock import Clock
+from runtime.clock import Clock, is_due
+from runtime.resume import has_schedule
 from runtime.state import TrainState
+from runtime.timetable import build_timetable
 from runtime.trainer import Outcome
 from tests.corpus import tiny_run
 
@@ -58,10 +60,36 @@ def test_candidates_with_another_batch_are_tried_on_the_same_samples():
     assert config.run.until == 7 * BATCH and segments(config)[1].batch.sequences == 4
 
 
+@pytest.mark.parametrize("horizon", [4 * BATCH, None], ids=["the parent's horizon", "no horizon"])
+def test_a_branch_is_probed_up_to_its_own_end(horizon):
+    """Which lies where its tail does, and shares are of it."""
+    schedule = {"kind": "constant", "horizon": horizon, "decay": 0, "branch": {"at": 2 * BATCH, "decay": 8 * BATCH}}
+    sections = {"schedule": schedule, "evaluation": {"every": BATCH}, "checkpoint": {"every": BATCH}}
+    config = config_of("depth.stack schedule.kind=rewarm schedule.tokens=20%", steps=7, **sections)
+    assert config.run.until == 10 * BATCH and config.growth[0].schedule.tokens == 2 * BATCH
+    assert has_schedule(description_at(3, **sections)["config"], config), "so that it goes on in the tail"
+    with pytest.raises(ValueError, match="end past the end of the checkpoint's run, 2,560"):
+        config_of("depth.stack", steps=8, **sections)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"kind": "noise_scale"}, {"kind": "branch_probe", "branch_probe": {"tokens": BATCH}}], ids=str
+)
+def test_no_controller_moves_the_batch_of_a_probe(kind):
+    batch = {"sequences": 8, "micro_sequences": 2, "control": {"largest": 32, "every": 2 * BATCH}, **kind}
+    description = description_at(3, batch=batch)
+    description["train"]["events"] = [{"event": "batch_change", "tokens": 2 * BATCH, "sequences": 16}]
+    config = probe_config(description, "runs/x/tokens-768", parse_candidate("depth.stack"), "there", 2)
+    assert config.run.until == 3 * BATCH + 2 * 16 * 32, "at the batch that was decided before"
+    assert build_timetable(config, description["train"]["events"]).at(3 * BATCH).sequences == 16
+    assert not is_due(config.batch.control.every, 0, config.run.until)
+    assert config.batch.control.largest == 32
+
+
 @pytest.mark.parametrize(
     "text, steps, message",
     [
-        ("depth.stack", 10, "--probe 10: so many steps of 256 tokens, from 768 on, end past the horizon .* 3,072"),
+        ("depth.stack", 10, "--probe 10: so many steps of 256 tokens, from 768 on, end past the end of .* 3,072"),
         ("depth.stack layers=[9]", 2, r"candidate 'depth.stack layers=\[9\]': growth.0: operator depth.stack: layers"),
         ("depth.stack batch.sequences=0", 2, "batch.sequences"),
     ],
