@@ -74,15 +74,25 @@ class Remapped:
     def __call__(self, tokens: int, batch_tokens: int) -> float:
         if tokens < self.at:
             return self.schedule(tokens, batch_tokens)
-        # Exact, so that neither a batch's division nor the float's precision moves an end.
-        pace = Fraction(self.horizon - self.to, self.horizon - self.at)
-        return float(self.schedule(self.to + (tokens - self.at) * pace, batch_tokens * pace))
+        return float(self.schedule(self.inner(tokens), batch_tokens * self.pace))
+
+    @property
+    def pace(self) -> Fraction:
+        """Exact, so that neither a batch's division nor the float's precision moves an end."""
+        return Fraction(self.horizon - self.to, self.horizon - self.at)
+
+    def inner(self, tokens: int | Fraction) -> int | Fraction:
+        """Where the schedule is read after `tokens`."""
+        return tokens if tokens < self.at else self.to + (tokens - self.at) * self.pace
+
+    def outer(self, tokens: int | Fraction) -> Fraction:
+        """After how many tokens a place of the schedule past `to` is read."""
+        return self.at + (tokens - self.to) / self.pace
 
     def landmarks(self) -> list[Landmark]:
-        pace = Fraction(self.horizon - self.at, self.horizon - self.to)
         found = [(tokens, label) for tokens, label, _ in self.schedule.landmarks()]
         before = [each for each in found if each[0] < self.at]
-        after = [(self.at + round((tokens - self.to) * pace), label) for tokens, label in found if tokens > self.to]
+        after = [(round(self.outer(tokens)), label) for tokens, label in found if tokens > self.to]
         return _landmarks(self, [*before, *after], [(self.at, f"on as from {self.to:,}")])
 
 

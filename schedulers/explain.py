@@ -1,14 +1,15 @@
 """What a schedule comes to before anything is trained: its trace, and what is wrong or unusual about it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+from schedulers.adjustments import Remapped, Rewarmed
 from schedulers.batch_size import BatchPlan
 from schedulers.coupling import Coupled
 from schedulers.learning_rate import Annealed, Schedule
 from schedulers.power import Power
 from schedulers.seesaw import Seesaw
-from schedulers.stages import Periods
+from schedulers.stages import Periods, Sequence
 
 MOST_STEPS = 200_000
 """Steps of a trace; a longer run is read at so many of them."""
@@ -71,24 +72,75 @@ def _jumps(schedule: Schedule, batches: BatchPlan, end: int) -> Iterator[str]:
             yield f"The rate jumps at {tokens:,} tokens ({label}), from {before:.4g} to {after:.4g}."
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A schedule within another, on a clock of its own."""
+
+    schedule: Schedule
+    end: float
+    """Tokens of that clock up to which it is followed."""
+    place: Callable[[float], float] = float
+    """The run's clock at tokens of its own."""
+
+    def at(self, tokens: float) -> str:
+        return f"{round(self.place(tokens)):,}"
+
+
 def _reach(schedule: Schedule, end: int) -> Iterator[str]:
     """What the run does not live to see."""
-    if isinstance(schedule, Coupled | Seesaw):
-        schedule = schedule.schedule
-    inner, decay = (schedule.schedule, schedule.decay) if isinstance(schedule, Annealed) else (schedule, 0)
-    warmup = getattr(inner, "warmup", 0)
+    for part in _parts(_Part(schedule, end)):
+        yield from _unrisen(part)
+        yield from _unfinished(part)
+
+
+def _parts(part: _Part) -> Iterator[_Part]:
+    """The shapes that a schedule is made of, as far as the run gets, and each sequence before its stages."""
+    schedule, end, place = part.schedule, part.end, part.place
+    if isinstance(schedule, Coupled | Seesaw | Rewarmed):
+        yield from _parts(replace(part, schedule=schedule.schedule))
+    elif isinstance(schedule, Remapped):
+        moved = place if end < schedule.at else lambda tokens: place(schedule.outer(tokens))
+        yield from _parts(_Part(schedule.schedule, schedule.inner(end), moved))
+    elif isinstance(schedule, Sequence):
+        yield part
+        for stage, start in schedule.spans():
+            if start < end:
+                last = end - start if stage.tokens is None else min(end - start, stage.tokens)
+                yield from _parts(_Part(stage.schedule, last, lambda tokens, start=start: place(start + tokens)))
+    else:
+        yield part
+
+
+def _unrisen(part: _Part) -> Iterator[str]:
+    schedule, end = part.schedule, part.end
+    if isinstance(schedule, Annealed):
+        for inner in _parts(replace(part, schedule=schedule.schedule)):
+            yield from _unrisen(inner)
+        return
+    warmup = getattr(schedule, "warmup", 0)
     if warmup >= end:
-        yield f"The warm-up takes {warmup:,} tokens and the run {end:,}: the rate never gets to its peak."
-    if decay and end <= schedule.begin:
-        yield f"The run ends at {end:,} tokens, before its decay begins at {schedule.begin:,}."
-    elif decay and end < schedule.horizon:
-        share = (end - schedule.begin) / decay
-        yield f"The run ends at {end:,} tokens, when {share:.0%} of the decay up to {schedule.horizon:,} are done."
+        ends = f"{part.at(warmup)} tokens and the run at {part.at(end)}"
+        yield f"The warm-up ends at {ends}: the rate never gets to its peak."
+    if isinstance(schedule, Power) and schedule.knee() >= end:
+        knee = f"{part.place(schedule.knee()):.4g} tokens"
+        yield f"The power rule is above its cap of {schedule.cap:.4g} up to {knee}, past the end: the rate is constant."
+
+
+def _unfinished(part: _Part) -> Iterator[str]:
+    schedule, end = part.schedule, part.end
+    if isinstance(schedule, Annealed) and schedule.decay and end < schedule.horizon:
+        share = float((end - schedule.begin) / schedule.decay)
+        if share <= 0:
+            yield f"The run ends at {part.at(end)} tokens, before its decay begins at {part.at(schedule.begin)}."
+        else:
+            done = f"{share:.0%} of the decay up to {part.at(schedule.horizon)}"
+            yield f"The run ends at {part.at(end)} tokens, when {done} are done."
+    if isinstance(schedule, Sequence):
+        late = [(number, start) for number, (_, start) in enumerate(schedule.spans(), 1) if start >= end]
+        for number, start in late[:1]:
+            yield f"The run ends at {part.at(end)} tokens, before stage {number} begins at {part.at(start)}."
     if isinstance(schedule, Periods) and end not in schedule.ends:
-        yield f"The run ends at {end:,} tokens, within a period: the last decay is not complete."
-    if isinstance(inner, Power) and inner.knee() >= end:
-        knee = f"{inner.knee():.4g} tokens"
-        yield f"The power rule is above its cap of {inner.cap:.4g} up to {knee}, past the end: the rate is constant."
+        yield f"The run ends at {part.at(end)} tokens, within a period: the last decay is not complete."
 
 
 def _growing(batches: BatchPlan, end: int) -> Iterator[str]:

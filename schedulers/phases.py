@@ -17,7 +17,7 @@ def is_warming(schedule: Schedule, tokens: float) -> bool:
         rises = schedule.peak > schedule.start and schedule.at <= tokens < schedule.at + schedule.tokens
         return rises or is_warming(schedule.schedule, tokens)
     if isinstance(schedule, Remapped):
-        return is_warming(schedule.schedule, tokens if tokens < schedule.at else _mapped(schedule, tokens))
+        return is_warming(schedule.schedule, schedule.inner(tokens))
     if isinstance(schedule, Annealed):
         return tokens < schedule.begin and is_warming(schedule.schedule, tokens)
     if isinstance(schedule, Sequence):
@@ -57,12 +57,5 @@ def decay_began(schedule: Schedule, tokens: float) -> int | None:
 def _in_remapped(schedule: Remapped, tokens: float) -> int | None:
     if tokens < schedule.at:
         return decay_began(schedule.schedule, tokens)
-    pace = (schedule.horizon - schedule.to) / (schedule.horizon - schedule.at)
-    began = decay_began(schedule.schedule, _mapped(schedule, tokens))
-    return None if began is None else max(schedule.at, schedule.at + round((began - schedule.to) / pace))
-
-
-def _mapped(schedule: Remapped, tokens: float) -> float:
-    """Where a remapped schedule is read after `tokens`."""
-    pace = (schedule.horizon - schedule.to) / (schedule.horizon - schedule.at)
-    return schedule.to + (tokens - schedule.at) * pace
+    began = decay_began(schedule.schedule, schedule.inner(tokens))
+    return None if began is None else max(schedule.at, round(schedule.outer(began)))

@@ -1,6 +1,7 @@
 """Schedules one after another: the periods of WSD-S, and any sequence."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -114,6 +115,10 @@ class Sequence:
         number = bisect_right(starts, tokens) - 1
         return number, starts[number]
 
+    def spans(self) -> Iterator[tuple[Stage, int]]:
+        """The stages, each with its first token."""
+        return zip(self.stages, self._starts(), strict=True)
+
     def _starts(self) -> Many[int]:
         starts = [0]
         for stage in self.stages[:-1]:
@@ -138,7 +143,7 @@ class Sequence:
     def landmarks(self) -> list[Landmark]:
         points = []
         last = len(self.stages) - 1
-        for number, (start, stage) in enumerate(zip(self._starts(), self.stages, strict=True)):
+        for number, (stage, start) in enumerate(self.spans()):
             if number:
                 points.append((start, f"stage {number + 1}"))
             inner = {(tokens, label) for tokens, label, _ in stage.schedule.landmarks() if tokens}

@@ -3,6 +3,7 @@
 import pytest
 
 from launch import explain
+from schedulers.adjustments import Remapped, Rewarmed
 from schedulers.batch_size import BatchPlan
 from schedulers.explain import MOST_STEPS, best_timescale, caveats, decay_caveats, timescale, trace
 from schedulers.learning_rate import Annealed, Constant, InverseSqrt, cosine, wsd
@@ -59,10 +60,56 @@ UNUSUAL = {
     ),
     "periods": (Periods(1.0, 0, (50, 100), decay=0.2, final=0.1), 100, ["jumps at 50 tokens"]),
     "a period cut short": (Periods(1.0, 0, (50, 100), decay=0.2, final=0.97), 90, ["within a period"]),
-    "a warm-up that outlives the run": (Constant(1.0, 200), 100, ["takes 200 tokens and the run 100"]),
+    "a warm-up that outlives the run": (Constant(1.0, 200), 100, ["ends at 200 tokens and the run at 100"]),
     "a tail that is not reached": (wsd(1.0, 10, 300, 100), 100, ["ends at 100 tokens, before its decay begins at 200"]),
     "half a tail": (wsd(1.0, 10, 120, 40), 100, ["when 50% of the decay up to 120"]),
     "a cap that never lifts": (Annealed(Power(1e-2, 10, 64, 10), 10**9, 0), 10**6, ["above its cap of 0.01 up to"]),
+    "a tail under a re-warm": (
+        Rewarmed(wsd(1.0, 10, 300, 100), at=50, tokens=0, start=1.0, peak=1.01),
+        100,
+        ["before its decay begins at 200"],
+    ),
+    # From 100 on as from 200, at half the pace: 150 and 250 are the decay's 225 and 275.
+    "a tail under a remap": (
+        Remapped(wsd(1.0, 10, 300, 75), at=100, to=200, horizon=300),
+        120,
+        ["ends at 120 tokens, before its decay begins at 150"],
+    ),
+    "half a tail under a remap": (
+        Remapped(wsd(1.0, 10, 300, 50), at=100, to=200, horizon=300),
+        250,
+        ["when 50% of the decay up to 300"],
+    ),
+    "a cap under a re-warm": (
+        Rewarmed(Power(1e-2, 10, 64, 10), at=50, tokens=0, start=1.0, peak=1.01),
+        10**4,
+        ["above its cap of 0.01 up to"],
+    ),
+    "a warm-up in a remap of a re-warm": (
+        Remapped(Rewarmed(Constant(1.0, 200), 20, 0, 1.0, 1.01), at=100, to=98, horizon=300),
+        120,
+        ["The warm-up ends at 201 tokens and the run at 120"],
+    ),
+    "a stage's tail": (
+        Sequence((Stage(FLAT, 50), Stage(wsd(1.0, 0, 100, 50), 100))),
+        80,
+        ["ends at 80 tokens, before its decay begins at 100"],
+    ),
+    "a stage's warm-up": (
+        Sequence((Stage(FLAT, 50), Stage(Constant(1.0, 60), 100, warmup=60))),
+        80,
+        ["The warm-up ends at 110 tokens and the run at 80"],
+    ),
+    "a stage that is not reached": (
+        Sequence((Stage(FLAT, 50), Stage(FLAT, 50), Stage(FLAT, 50))),
+        60,
+        ["ends at 60 tokens, before stage 3 begins at 100"],
+    ),
+    "a branch's tail": (
+        Rewarmed(Annealed(wsd(1.0, 10, 900, 300), 200, 100), at=150, tokens=0, start=1.0, peak=1.01),
+        150,
+        ["when 50% of the decay up to 200"],
+    ),
 }
 
 
