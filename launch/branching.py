@@ -112,11 +112,17 @@ def _refuse_unstable(parent: Parent) -> None:
     began = decay_began(parent.plan.schedule, parent.tokens)
     if began is not None:
         location = parent.checkpoint.rpartition("/")[0]
-        stable = [name for name in complete(open_storage(location)) if parse(name).tokens <= began]
+        stable = [name for name in complete(open_storage(location)) if _is_stable(parent.plan, parse(name).tokens)]
         listed = f": {', '.join(stable)}" if stable else ", of which none is left"
         raise ValueError(f"{where}, and its own decay began at {began:,}; branch from one of before{listed}")
     if parent.rate == 0:
         raise ValueError(f"{where}, and its learning rate is zero: there is nothing to anneal")
+
+
+def _is_stable(plan: Timetable, tokens: int) -> bool:
+    if is_warming(plan.schedule, tokens) or decay_began(plan.schedule, tokens) is not None:
+        return False
+    return plan.at(tokens).lr > 0
 
 
 def branched(parent: Parent, anneal: Anneal, name: str | None, overrides: Sequence[str] = ()) -> RunConfiguration:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -182,6 +183,14 @@ def test_a_branch_that_cannot_be_is_refused(folder: Path, checkpoints: Path, bra
         "nothing": ([], ["--branch CHECKPOINT"]),
     }
     assert_refused([Case(command, named, folder) for command, named in refused.values()])
+
+
+def test_those_that_may_be_branched_instead_are_named(checkpoints: Path):
+    """None of the warm-up, of the growth's re-warm, or of the decay."""
+    with pytest.raises(ValueError, match="its own decay began at") as refusal:
+        open_parent(str(checkpoints.parent))
+    named = re.findall(r"tokens-(\d+)", str(refusal.value).partition("branch from")[2])
+    assert [int(tokens) // BATCH for tokens in named] == [2, 8, 10, 12, 14, 16, 18]
 
 
 def test_a_start_within_a_branch_is_refused(folder: Path, checkpoints: Path, tmp_path: Path):
