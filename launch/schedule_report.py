@@ -71,9 +71,11 @@ def _table(config: RunConfiguration, plan: Timetable, end: int, clock: "_Seconds
 
 
 def points(config: RunConfiguration, plan: Timetable, end: int) -> list[Point]:
-    """What happens up to `end`, in order: where the rate changes its course, the batch, growths, the end."""
+    """What happens up to `end`, in order: where the rate changes its course, the batch, growths, checkpoints that are
+    named, the end."""
     found = {(tokens, label) for tokens, label, _ in plan.schedule.landmarks() if tokens <= end and label != "end"}
     found |= {(each.at, f"growth: {each.operator}") for each in config.growth if each.at < end}
+    found |= {(tokens, "checkpoint") for tokens in config.checkpoint.at if tokens < end}
     changes = [(tokens, f"batch of {sequences:,}") for tokens, sequences in plan.batches.changes if tokens < end]
     if len(changes) > MOST_CHANGES:
         changes = [changes[0], (changes[-1][0], f"{changes[-1][1]}, after {len(changes) - 2} more sizes")]
@@ -145,41 +147,55 @@ def _unknown(config: RunConfiguration) -> list[str]:
 
 
 def plot(config: RunConfiguration, end: int, path: Path) -> None:
-    """The learning rate over tokens, with growths, checkpoints and evaluations; below it the batch, if it changes."""
+    """The learning rate over tokens, with growths, checkpoints and evaluations; below it the batch, if it changes, and
+    what follows it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     plan = planned(config)
     steps: list[Step] = list(trace(plan.schedule, plan.batches, plan.seq_len, end))
-    panels = 2 if len(plan.batches.sizes) > 1 else 1
-    figure = Figure(figsize=(8, 2.5 + 1.5 * panels), dpi=130, layout="constrained")
+    courses = {"learning rate": [each.lr for each in steps], **_following(config, plan, steps)}
+    figure = Figure(figsize=(8, 2.5 + 1.5 * len(courses)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes, *others = figure.subplots(panels, squeeze=False, sharex=True, height_ratios=[3, 1][:panels])[:, 0]
-    for below in others:
-        below.step(
-            [*(each.tokens for each in steps), end],
-            [*(each.sequences for each in steps), steps[-1].sequences],
-            where="post",
-        )
-        below.set(xlabel="tokens", ylabel="sequences", ylim=(0, None))
-        below.spines[["top", "right"]].set_visible(False)
-        below.grid(alpha=0.25, linewidth=0.6)
-    axes.step([each.tokens for each in steps], [each.lr for each in steps], where="post", linewidth=1.6)
-    axes.set_ylim(bottom=min(0.0, *(each.lr for each in steps)))
-    axes.set(
-        xlabel="" if others else "tokens", ylabel="learning rate", title=f"{config.run.name}: {config.schedule.kind}"
-    )
+    panels = figure.subplots(len(courses), squeeze=False, sharex=True, height_ratios=[3, *[1] * (len(courses) - 1)])
+    places = [*(each.tokens for each in steps), end]
+    for axes, (name, values) in zip(panels[:, 0], courses.items(), strict=True):
+        axes.step(places, [*values, values[-1]], where="post", linewidth=1.6)
+        axes.set(ylabel=name)
+        if name != "beta2":
+            axes.set_ylim(bottom=min(0.0, *values))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    panels[-1, 0].set_xlabel("tokens")
+    _mark(panels[0, 0], config, end)
+    panels[0, 0].set_title(f"{config.run.name}: {config.schedule.kind}")
+    figure.savefig(path)
+
+
+def _following(config: RunConfiguration, plan: Timetable, steps: list[Step]) -> dict[str, list[float]]:
+    """The batch of each step, if it changes, and what is coupled to it, as in the table."""
+    if len(plan.batches.sizes) == 1:
+        return {}
+    found: dict[str, list[float]] = {"sequences": [each.sequences for each in steps]}
+    settings = [plan.at(each.tokens) for each in steps]
+    if config.batch.coupling.beta2 != "none":
+        found["beta2"] = [each.beta2 for each in settings]
+    if config.batch.coupling.weight_decay != "none":
+        found["weight decay"] = [config.optim.weight_decay * each.weight_decay * each.lr for each in settings]
+    return found
+
+
+def _mark(axes: Any, config: RunConfiguration, end: int) -> None:
+    """Growths as lines, checkpoints and evaluations as ticks."""
+    top = axes.get_ylim()[1]
     for entry in config.growth:
         if entry.at < end:
             axes.axvline(entry.at, color="tab:green", linestyle="--", linewidth=1)
-            place = (entry.at, axes.get_ylim()[1])
+            place = (entry.at, top)
             axes.annotate(entry.operator, place, rotation=90, va="top", ha="right", fontsize=8, color="tab:green")
     for height, (name, every) in zip((0.02, 0.06), _cadences(config).items(), strict=False):
         marks = list(range(every, end + 1, every)) if every else [end]
-        at = axes.get_ylim()[1] * height
+        marks += [tokens for tokens in config.checkpoint.at if name == "checkpoint" and tokens < end]
         if len(marks) <= 200:
-            axes.plot(marks, [at] * len(marks), "|", markersize=7, label=name)
+            axes.plot(marks, [top * height] * len(marks), "|", markersize=7, label=name)
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    figure.savefig(path)

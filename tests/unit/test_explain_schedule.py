@@ -1,6 +1,7 @@
 """What is said of a schedule before it is trained: its course, and what is wrong with it."""
 
 import pytest
+from matplotlib.image import imread
 
 from launch import explain
 from schedulers.adjustments import Remapped, Rewarmed
@@ -170,6 +171,16 @@ def test_the_course_of_a_run_with_a_growth(preset, tmp_path, capsys):
     assert plot.read_bytes()[:4] == b"\x89PNG" and plot.stat().st_size > 10_000
 
 
+def test_named_checkpoints_have_rows_and_marks(preset, tmp_path, capsys):
+    plots = [tmp_path / "plain.png", tmp_path / "named.png"]
+    for plot, named in zip(plots, ([], ["checkpoint.at=['5%', 9_000]"]), strict=True):
+        assert explain.main([preset, *named, "--plot", str(plot)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("checkpoint")]
+    assert [row[:2] for row in rows] == [["800", "50"], ["9,000", "563"]]
+    plain, named = map(imread, plots)
+    assert plain.shape == named.shape and (plain != named).any()
+
+
 def test_a_run_without_an_end_is_explained_as_far_as_one_says(tmp_path, capsys):
     endless = """
 [schedule]
@@ -227,6 +238,12 @@ def test_what_follows_the_batch_has_columns(tmp_path, capsys):
     path.write_text(SMALL + 'weight_decay = 0.1\n[schedule]\nkind = "cosine"\nhorizon = "100K"\n')
     batch = ["batch.sequences=8", "batch.kind=seesaw", "batch.seesaw.largest=64"]
     coupling = ["batch.coupling.beta2=half_life", "batch.coupling.weight_decay=timescale"]
+    panels = {"batch": (batch, 2), "all": ([*batch, *coupling], 4), "none": ([], 1)}
+    for name, (overrides, number) in panels.items():
+        plot = tmp_path / f"{name}.png"
+        assert explain.main([str(path), *overrides, "--plot", str(plot)]) == 0
+        assert imread(plot).shape[0] == 130 * (2.5 + 1.5 * number)
+        capsys.readouterr()
     assert explain.main([str(path), *batch, *coupling]) == 0
     printed = capsys.readouterr().out
     found = [line.split()[:6] for line in printed.splitlines() if line.endswith(("batch of 16", "batch of 64"))]
