@@ -29,6 +29,14 @@ def test_a_ramp_is_megatrons(consumed, sequences):
     assert len(plan.changes) == 126 and plan(consumed) == sequences
 
 
+def test_the_warm_up_of_a_batch_saves_its_published_steps():
+    """OLMo-1B's, from 1,024 to 4,096 documents of 4,096 tokens: 43 % fewer steps (arXiv 2505.23971)."""
+    plan, end = BatchPlan(1_024, ((168 * 10**9, 2_048), (503 * 10**9, 4_096))), 658 * 10**9
+    steps, constant = plan.step_at(end, 4_096), BatchPlan(1_024).step_at(end, 4_096)
+    assert (steps, constant) == pytest.approx((89_228, 156_879), abs=1), "and the last, which is not a whole one"
+    assert 1 - steps / constant == pytest.approx(0.431, abs=5e-4)
+
+
 def test_steps_are_counted_over_changes():
     """Megatron-Bridge issue 2609: 100 iterations to a batch of 16 with a ramp [8, 8, 160] are 1,440 samples."""
     plan = ramp(8, 16, 8, 160)
@@ -104,6 +112,14 @@ def test_the_seesaw_of_a_cosine():
     assert steps / (HORIZON / 4) == pytest.approx(0.622, abs=5e-4)
 
 
+def test_the_steps_that_a_seesaw_saves_in_the_limit_of_small_stairs():
+    """Of a quarter of a cosine: 1 - 2 / pi, 36.34 %, which the paper rounds."""
+    first, sizes = 100_000, [round(100_000 * 1.001**stair) for stair in range(1, 5_000)]
+    places = [round(math.acos(first / size) * 2 / math.pi * 10**12) for size in sizes]
+    steps = BatchPlan(first, tuple(zip(places, sizes, strict=True))).step_at(10**12, 1)
+    assert 1 - steps / (10**12 / first) == pytest.approx(0.3634, abs=5e-4)
+
+
 def test_the_seesaw_goes_on_as_the_schedule_where_it_may_not_grow():
     base, end = cosine(1e-2, 1_000, HORIZON), HORIZON
     found = seesaw(base, 1_000, 4, 4, 63, end)
@@ -165,6 +181,14 @@ def test_second_moments_keep_their_half_life_in_tokens(first, batch, expected):
     plan = BatchPlan(first, ((1, batch),))
     assert Coupling(beta2=True).beta2_of(0.95, plan, 1) == pytest.approx(expected, abs=5e-9)
     assert Coupling(beta2=True).beta2_of(0.95, plan, 0) == 0.95 == Coupling().beta2_of(0.95, plan, 1)
+
+
+def test_the_half_life_of_second_moments_in_tokens():
+    """Of 0.95 at 524,288 tokens a batch, 7.0849M, and as many at an eighth of the batch."""
+    coupling, first = Coupling(beta2=True), 524_288
+    for batch in (first, first // 8):
+        beta2 = coupling.beta2_of(0.95, BatchPlan(batch) if batch == first else BatchPlan(first, ((1, batch),)), 1)
+        assert batch * math.log(0.5) / math.log(beta2) == pytest.approx(7.0849e6, rel=1e-5)
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 4), ("sqrt", 2), ("linear", 1)])

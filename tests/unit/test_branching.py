@@ -1,6 +1,8 @@
 """A branch's schedule: its parent's up to the branch point to the float, then the tail; and where none may begin."""
 
+import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from launch.branching import Anneal
 from launch.config import compose, dump
+from runtime.state import TrainState
 from runtime.timetable import branch_event, build_timetable
 from schedulers import tails
 from schedulers.learning_rate import Annealed, wsd
@@ -69,6 +72,28 @@ def test_a_branch_of_any_kind_leaves_its_parent_at_the_same_rate_and_falls(tmp_p
     assert rates[-1] == pytest.approx(final * parent(AT, BATCH), abs=1e-18)
     places = [tokens for tokens, _, _ in branch.landmarks()]
     assert places == sorted(places) and branch.landmarks()[-1][:2] == (AT + decay, "end")
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    schedule=st.sampled_from([each for each in KINDS.values() if "horizon" not in each]),
+    left=st.sampled_from([None, AT]),
+    places=st.lists(st.integers(1, 190), max_size=4),
+    remaps=st.lists(st.booleans(), min_size=4, max_size=4),
+)
+def test_loading_a_state_again_changes_no_rate(schedule, left, places, remaps):
+    """Up to JSON and back, as often as one likes: the events alone make the trace."""
+    changes = [{"kind": "remap", "to": 30 * BATCH}, REWARM["schedule"]]
+    events = [growth(place * BATCH, **changes[not remap]) for place, remap in zip(sorted(places), remaps, strict=False)]
+    if left is not None:
+        events.insert(sum(each["tokens"] < AT for each in events), branch_event(AT))
+    made = config(Path("absent"), schedule, **({} if left is None else {"at": AT, "decay": 40 * BATCH}))
+    state = TrainState(events=events)
+    once = TrainState.from_json(json.loads(json.dumps(state.to_json())))
+    twice = TrainState.from_json(json.loads(json.dumps(once.to_json())))
+    assert once == twice == state
+    traces = [[build_timetable(made, each.events).at(step * BATCH) for step in range(200)] for each in (state, twice)]
+    assert traces[0] == traces[1]
 
 
 @pytest.mark.parametrize("at", [AT, AT + 20 * BATCH], ids=["at the branch point", "in the tail"])

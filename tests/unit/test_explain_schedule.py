@@ -130,10 +130,12 @@ def test_a_batch_that_would_go_on_growing_is_said():
 
 
 def test_the_published_time_scale_of_weight_decay():
-    """Power Lines: at 20 tokens a parameter of 1B parameters, B = 1M tokens and a rate of 3e-3, a decay of 0.07455."""
+    """Power Lines: of 1B parameters, B = 1M tokens and a rate of 3e-3, a decay of 0.07455 at 20 tokens a parameter, and
+    of 0.02509 at 200."""
     found = {ratio: best_timescale(ratio) for ratio in (1, 20, 80, 200, 1000)}
     assert found == pytest.approx({1: 1.084, 20: 0.22356, 80: 0.10767, 200: 0.06643, 1000: 0.02845}, rel=2e-4)
-    assert timescale(10**6, 3e-3, 0.0745525, 2 * 10**10) == pytest.approx(best_timescale(20), rel=1e-5)
+    for ratio, decay in ((20, 0.0745525), (200, 0.0250878)):
+        assert timescale(10**6, 3e-3, decay, ratio * 10**9) == pytest.approx(best_timescale(ratio), rel=1e-5)
     assert decay_caveats(10**6, 3e-3, 0.1, 2 * 10**10, 10**9) == []
     assert "a weight decay of 0.075" in decay_caveats(10**6, 3e-3, 0.01, 2 * 10**10, 10**9)[0]
     assert decay_caveats(10**6, 3e-3, 0.0, 2 * 10**10, 10**9) == []

@@ -82,6 +82,16 @@ def test_the_scalars_are_unbiased(equal, pieces):
         assert (abs(mean - (80, 1.8)) < 3 * error).all() and (error < (0.3, 0.03)).all()
 
 
+@pytest.mark.parametrize(("workers", "each", "factor"), [(2, 2, 1.25), (8, 2, 1.4375)])
+def test_the_sum_of_variances_within_workers_and_between_counts_noise_twice(workers, each, factor):
+    """As in AdAdaGrad's code: the means of workers differ by noise that is in the variance within them already."""
+    drawn = np.random.default_rng(0).standard_normal((workers, each, 400_000))
+    means = drawn.mean(1)
+    twice = drawn.var(1, ddof=1).mean(0).sum() + means.var(0).sum()
+    found = moments(*seen(drawn.reshape(workers * each, -1), np.ones(workers * each))).noise
+    assert found == pytest.approx(400_000, rel=5e-3) and twice / found == pytest.approx(factor, rel=5e-3)
+
+
 @given(
     gradients=st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=2, max_size=6),
     scale=st.floats(0.01, 100),

@@ -36,6 +36,15 @@ def test_a_law_has_the_value_that_its_formula_gives_by_hand(name, quantity):
     assert value_at(published(name, quantity), RUN).value == pytest.approx(BY_HAND[name, quantity], rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "lr", "batch_tokens"), [(1e9, 2e10, 9.96023e-4, 441_892), (1e8, 2e9, 2.536701e-3, 118_663)]
+)
+def test_step_law_has_its_published_values(parameters, tokens, lr, batch_tokens):
+    run = {"non_embedding": parameters, "tokens": tokens}
+    found = {quantity: value_at(published("step-law", quantity), run).value for quantity in ("lr", "batch_tokens")}
+    assert found["lr"] == pytest.approx(lr, rel=1e-6) and round(found["batch_tokens"]) == batch_tokens
+
+
 @pytest.mark.parametrize(("name", "quantity"), CASES)
 def test_a_law_says_where_it_is_from_and_what_its_symbols_mean(name, quantity):
     fit = published(name, quantity)
