@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import tomllib
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from matplotlib.image import imread
 from pydantic import BaseModel
 
 from benchmarks import bench
@@ -20,6 +22,7 @@ from launch.growth_arguments import split_steps
 from launch.growth_config import RunConfiguration as Config
 from launch.ladder import laid_over, read_ladder
 from launch.ladder_runs import plan
+from runtime.schedule_config import ScheduleConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -62,6 +65,15 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[
 
 
 KEYS = dict(keys())
+
+
+def test_the_plot_of_every_schedule_can_be_drawn(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "schedules.py"))
+    script["draw"](tmp_path / "schedules.png")
+    assert imread(tmp_path / "schedules.png").shape == imread(ROOT / "docs" / "schedules.png").shape
+    drawn = {section.get("kind", "wsd") for panel in script["PANELS"].values() for section in panel.values()}
+    kinds = {*get_args(ScheduleConfig.model_fields["kind"].annotation)}
+    assert drawn == kinds - {"rewarm"}, "which is a part of a sequence"
 
 
 def documented() -> dict[str, str]:
