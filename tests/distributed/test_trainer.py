@@ -128,6 +128,25 @@ def test_a_batch_that_grows_takes_the_same_samples_on_every_mesh(folder):
     assert [(row["tokens"], row["before"], row["sequences"]) for row in told] == [(512, 8, 12), (2_048, 12, 24)]
 
 
+PLANNED = {
+    "ramp": ({"ramp": {"to": 24, "increment": 8, "tokens": 1_600}}, "constant", [8] * 4 + [16] * 2 + [24] * 2),
+    "seesaw": ({"seesaw": {"largest": 32}}, "cosine", [8] * 7 + [16] + [32]),
+}
+
+
+@pytest.mark.parametrize("kind", PLANNED)
+def test_a_planned_batch_is_resumed_where_it_changes_bit_for_bit(folder, kind):
+    own, shape, sizes = PLANNED[kind]
+    coupling = {"beta2": "half_life", "weight_decay": "timescale"}
+    options = {"batch": {"kind": kind, **own, "coupling": coupling}, "schedule": {"kind": shape}}
+    rows = train(folder, kind, **options)
+    assert column(rows, "batch_tokens") == [32 * size for size in sizes]
+    for until in (sizes.count(8) * BATCH, None):
+        resumed = train(folder, f"{kind}-in-parts", run={"until": until}, **options)
+    keys = (*EXACT, "weight_decay", "batch_tokens")
+    assert [column(resumed, key) for key in keys] == [column(rows, key) for key in keys]
+
+
 def test_drawn_loops_are_resumed_and_paid_for(folder):
     tying = {"plan": "cycle", "loops": 2, "injection": "linear", "sampling": "poisson", "backprop_loops": 1}
     model = {"tying": tying}
