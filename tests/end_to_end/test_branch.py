@@ -185,6 +185,14 @@ def test_a_branch_that_cannot_be_is_refused(folder: Path, checkpoints: Path, bra
     assert_refused([Case(command, named, folder) for command, named in refused.values()])
 
 
+def test_an_end_before_what_a_growth_has_remapped_to_is_refused(folder: Path, checkpoints: Path, tmp_path: Path):
+    out, stack = tmp_path / "remapped", ["--operator", "depth.stack", "--factor", "2"]
+    assert grow.main([str(checkpoints / STABLE), str(out), *stack, "--schedule", f"remap,to={20 * BATCH}"]) == 0
+    command = [str(folder / "stable.toml"), "run.name=early", "growth=[]", "model.num_layers=8", f"start.from={out}"]
+    told = [f"the growth at {AT:,} tokens", f"to = {20 * BATCH:,} is impossible"]
+    assert_refused([Case([*command, f"schedule.horizon={16 * BATCH}"], told, folder)])
+
+
 def test_those_that_may_be_branched_instead_are_named(checkpoints: Path):
     """None of the warm-up, of the growth's re-warm, or of the decay."""
     with pytest.raises(ValueError, match="its own decay began at") as refusal:
