@@ -29,6 +29,8 @@ from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
 from runtime.observe.devices import peak
 from runtime.parallel.float8 import apply_float8, check_available
+from runtime.parallel.parallelize import compile_block
+from runtime.parallel.recompute import recompute
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """One optimizer step on tokens and targets [b, s]; the mean loss before it."""
@@ -54,11 +56,10 @@ def ours(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool,
     initialize(decoder, 0)
     if float8:
         apply_float8(decoder.blocks, float8, emulate=device.type == "cpu")
-    for block in decoder.blocks:
-        if shape.recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in decoder.blocks:  # in the order of `parallelize`
+        recompute(block, "full" if shape.recompute else "none")
         if compiled:
-            block.compile(fullgraph=True)
+            compile_block(block)
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         return decoder(tokens, targets).total / targets.numel()
