@@ -1,13 +1,16 @@
 """Where the time of a training step goes, term by term, beside the least that each term could take.
 
     python benchmarks/floor.py --shape small --threads 1
-    python benchmarks/floor.py --shape 8B --compile --json floor.json
+    python benchmarks/floor.py --shape 1B --compile --json floor.json
 
 The step is the trainer's: forward and backward, the norm of the gradient, clipping, AdamW. Its operations are traced by
 torch's profiler and put into terms; a term's time is that of its operations themselves, of kernels on a GPU and of
 operators on a CPU. The floor of matrix products and of attention is their FLOPs over the rate of a large product,
 measured here; the floor of all else is the bytes that one pass over its tensors moves, over the bandwidth of a copy,
 measured here. What neither operators nor kernels account for, Python and gaps, is the last term.
+
+The step itself is timed by the processor's clock on one CPU thread, which other work on the machine hardly lengthens.
+Operations have the wall's clock alone: of a few traced steps the fastest counts.
 """
 
 import statistics
@@ -20,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.architecture import alone
 from benchmarks.bench import Shape, arguments, batches, headline, parse, this_device, timed, write
 from benchmarks.noise_scale import Step
 from runtime.config import ParallelConfig
@@ -33,20 +38,29 @@ from runtime.parallel.mesh import build as build_mesh
 from runtime.parallel.mesh import plan_layout
 from runtime.startup import process_group
 
-WARMUP, TRACED = 3, 3
+WARMUP, TRACED = 3, 5
+LARGEST_COPY = 2 * 10**9
+"""Bytes: a larger one is no faster, and may not fit beside a large model."""
 PRODUCTS = ("::mm", "::bmm", "::addmm", "_linear_pointwise", "meristem::product", "::grouped_product")
 ATTENTION = ("scaled_dot_product",)
 CALLERS: Mapping[str, tuple[str, ...]] = {
     "loss": ("CrossEntropy",),
     "norms": ("_RMSNorm", "rms_norm", "layer_norm"),
     "rotary": ("_Rotate",),
-    "gate": ("silu", "Silu"),
-    "optimizer": ("_fused_adamw", "_foreach"),
-    "norm of the gradient, clipping": ("linalg_vector_norm", "clip"),
+    "gate": ("silu", "Silu", "MulBackward"),
+    "norm of the gradient, clipping": ("_foreach_norm", "_foreach_mul_"),
+    "optimizer": ("_fused_adamw", "_foreach_add_", "_foreach_sub_"),
     "embedding": ("embedding", "EmbeddingBackward"),
+    "gathers and casts of FSDP": ("FSDP::",),
     "compiled, fused": ("fused", "CompiledFunction", "Torch-Compiled"),
 }
 """What an operation that is no product belongs to, by the first caller that has one of these in its name."""
+SUMS = "sums on the stream"
+PLAIN: Mapping[str, str] = {"aten::mul": "gate", "aten::add": SUMS, "aten::add_": SUMS}
+"""What an operation of this very name belongs to where no caller tells: the gate's product, which the model writes out,
+and what a block adds to the stream."""
+ENGINE = "autograd::engine::evaluate_function"
+"""The caller that adds the gradients of a tensor with several uses."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,8 @@ def floors(shape: Shape, element: int) -> dict[str, Floor]:
         "norms": Floor(bytes=(2 * layers * (2 * forwards + 3) + 5) * hidden),  # x to y; x and dy to dx
         "rotary": Floor(bytes=layers * (2 * forwards + 2) * rotated),
         "gate": Floor(bytes=layers * (3 * forwards + 5) * inner),  # two to one; three to two
+        # two writes to the stream; their gradients, and those of what q, k and v, and gate and up, read together
+        SUMS: Floor(bytes=layers * (2 * 3 * forwards + 2 * 3 + 4 + 3) * hidden),
         "optimizer": Floor(bytes=7 * parameters),  # p, g, m and v are read, three of them written
         "norm of the gradient, clipping": Floor(bytes=3 * parameters),
         "embedding": Floor(bytes=2 * hidden + parameters * shape.vocab_size * shape.hidden_size // count(config).total),
@@ -97,8 +113,8 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def bandwidth(device: torch.device, size: int) -> float:
-    """Bytes/s, read and written, of a copy of so many bytes."""
-    source = torch.ones(max(size // 4, 1), device=device)
+    """Bytes/s, read and written, of a copy of so many bytes, or of the largest that is tried."""
+    source = torch.ones(max(min(size, LARGEST_COPY) // 4, 1), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
 
@@ -110,12 +126,16 @@ def _fastest(action: Callable[[], Any], rounds: int = 12) -> float:
 
 
 def term_of(event: Any) -> str:
-    """The term that an operation counts to, by its own name or that of the first caller that tells."""
+    """The term that an operation counts to, by its own name or that of the first caller that tells. (Not the outermost:
+    a block that is computed again has an operation of the backward as its caller.)"""
     if any(part in event.name for part in ATTENTION):
         return "attention"
     is_product = any(part in event.name for part in PRODUCTS)
-    caller = event
+    plain, caller = None, event
     while caller is not None:
+        plain = plain or PLAIN.get(caller.name)
+        if plain == SUMS and caller.cpu_parent is not None and caller.cpu_parent.name.startswith(ENGINE):
+            return SUMS
         for term, parts in CALLERS.items():
             if any(part in caller.name for part in parts) and not (is_product and term == "compiled, fused"):
                 return term
@@ -123,34 +143,40 @@ def term_of(event: Any) -> str:
             return "attention"
         is_product = is_product or any(part in caller.name for part in PRODUCTS)
         caller = caller.cpu_parent
-    return "products of blocks" if is_product else "other operations"
+    return "products of blocks" if is_product else plain or "other operations"
 
 
 def traced(step: Step, shape: Shape, device: torch.device) -> dict[str, float]:
-    """Seconds of each term, a step."""
-    source, activity = batches(shape, device), torch.profiler.ProfilerActivity
-    kinds = [activity.CPU] + [activity.CUDA] * (device.type == "cuda")
-    with torch.profiler.profile(activities=kinds) as profile:
-        for _ in range(TRACED):
-            step(*next(source))
+    """Seconds of each term, of the fastest of a few steps."""
+    source = batches(shape, device)
+    found = [_summed(events(step, next(source), device), device) for _ in range(TRACED)]
+    return min(found, key=lambda terms: sum(terms.values()))
+
+
+def events(step: Step, batch: tuple[Tensor, Tensor], device: torch.device) -> list[Any]:
+    """The operations of a step, as the host called them."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * (device.type == "cuda")) as profile:
+        step(*batch)
+    return [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CPU]
+
+
+def _summed(operations: list[Any], device: torch.device) -> dict[str, float]:
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     found: dict[str, float] = defaultdict(float)
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CPU:
-            found[term_of(event)] += getattr(event, own) / 1e6 / TRACED
+    for event in operations:
+        found[term_of(event)] += getattr(event, own) / 1e6
     return dict(found)
 
 
 def measure(shape: Shape, device: torch.device, is_compiled: bool, rounds: int) -> dict[str, Any]:
     """All that the table says. The times of operations are scaled by nothing: a profiled step is a slower one."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    parallel = ParallelConfig(recompute="full" if shape.recompute else "none", compile=is_compiled)
-    mesh = build_mesh(plan_layout(parallel, 1, shape.config(), shape.seq_len, 1), device.type)
-    step = Step(shape, mesh, 1, parallel)
+    step = built(shape, device, is_compiled)
     source = batches(shape, device)
     for _ in range(WARMUP):
         step(*next(source))
-    seconds = statistics.median(timed(step, next(source)) for _ in range(rounds))
+    seconds = statistics.median(alone(step, next(source)) for _ in range(rounds))
     stream = shape.batch * shape.seq_len * shape.hidden_size * dtype.itemsize
     return {
         "seconds": seconds,
@@ -159,6 +185,13 @@ def measure(shape: Shape, device: torch.device, is_compiled: bool, rounds: int) 
         "terms": traced(step, shape, device),
         "element": dtype.itemsize,
     }
+
+
+def built(shape: Shape, device: torch.device, is_compiled: bool = False) -> Step:
+    """The trainer's step of a shape, on a process group of one."""
+    parallel = ParallelConfig(recompute="full" if shape.recompute else "none", compile=is_compiled)
+    mesh = build_mesh(plan_layout(parallel, 1, shape.config(), shape.seq_len, 1), device.type)
+    return Step(shape, mesh, 1, parallel)
 
 
 def count_of(shape: Shape) -> int:
