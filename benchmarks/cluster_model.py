@@ -20,9 +20,10 @@ if not __package__:  # run as a script: the project's root is where its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from runtime.config import Config
+    from runtime.config import Config, ParallelConfig
     from runtime.observe.devices import Node
     from runtime.observe.step_time import Shares
+    from runtime.parallel.mesh import Layout
 
 _LLAMA = {"vocab_size": 128256, "num_kv_heads": 8}
 MODELS = {
@@ -45,8 +46,9 @@ class Row:
     recompute: str = ""
     micro: int = 0
     """Sequences of a micro-batch."""
+    missing: str = ""
+    """Why there are no numbers."""
     seconds: float | None = None
-    """None where nothing fits the memory."""
     waiting: float | None = None
     """Share of the step that communication is waited for."""
     tokens_per_second: float | None = None
@@ -58,14 +60,20 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="h100", metavar="NAME", help="a100, h100, h200 or b200")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--devices", nargs="+", type=int, default=[8, 64, 256, 1024], metavar="N")
-    parser.add_argument("--sequences", type=int, default=1024, help="of the global batch (default 1024)")
-    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--devices", nargs="+", type=_positive, default=[8, 64, 256, 1024], metavar="N")
+    parser.add_argument("--sequences", type=_positive, default=1024, help="of the global batch (default 1024)")
+    parser.add_argument("--seq-len", type=_positive, default=8192)
     parser.add_argument("--compute-share", type=float, metavar="X", help="of the peak that is reached (default 0.6)")
     parser.add_argument("--bandwidth-share", type=float, metavar="X", help="of a link that is reached (default 0.8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens/s of a device there")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: accepted are whole numbers from 1 on")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,21 +125,22 @@ def configuration(shape: dict[str, int], sequences: int, seq_len: int) -> "Confi
 
 
 def fastest(config: "Config", name: str, devices: int, mesh: str, node: "Node", shares: "Shares") -> Row:
-    """The row of a mesh on so many devices; without numbers where none fits."""
-    from runtime.observe.proposal import USABLE, layouts, needed, predict, ways
+    """The row of a mesh on so many devices; without numbers where there is no such mesh, or none that fits."""
+    from runtime.observe.proposal import USABLE, needed, predict, ways
     from runtime.parallel.communication import Network
 
-    network, (tensor, replicates) = Network.of(config.model), MESHES[mesh]
-    replicas = max(1, devices // node.devices) if replicates else 1
+    try:
+        parallel, layout = laid_out(config, devices, mesh, node)
+    except ValueError as error:
+        return Row(name, devices, mesh, missing=f"no such mesh: {error}")
+    network = Network.of(config.model)
     found = [
         (predict(config, network, each, node, shares), held, each)
-        for parallel, layout in layouts(config, devices)
-        if (layout.tensor, layout.data_replicate) == (tensor, replicas)
         for each in ways(config, parallel, layout)
         if (held := needed(config, network, each)) <= USABLE * node.memory
     ]
     if not found:
-        return Row(name, devices, mesh)
+        return Row(name, devices, mesh, missing="does not fit")
     time, held, best = min(found, key=lambda each: each[0].seconds)
     return Row(
         name,
@@ -139,12 +148,25 @@ def fastest(config: "Config", name: str, devices: int, mesh: str, node: "Node", 
         mesh,
         best.parallel.recompute,
         best.batch.sequences,
-        time.seconds,
-        time.share,
-        time.tokens_per_second / devices,
-        time.mfu,
-        held / 1e9,
+        seconds=time.seconds,
+        waiting=time.share,
+        tokens_per_second=time.tokens_per_second / devices,
+        mfu=time.mfu,
+        gigabytes=held / 1e9,
     )
+
+
+def laid_out(config: "Config", devices: int, mesh: str, node: "Node") -> "tuple[ParallelConfig, Layout]":
+    """A mesh of this kind. ValueError where there is none on so many devices, or for so many sequences."""
+    from runtime.parallel.mesh import plan_layout
+
+    tensor, replicates = MESHES[mesh]
+    machines, rest = divmod(devices, node.devices)
+    if replicates and (machines < 2 or rest):
+        raise ValueError(f"a replica on each machine needs two or more whole machines of {node.devices} devices")
+    degrees = {"tensor": tensor, "data_replicate": machines if replicates else 1, "data_shard": "auto"}
+    parallel = config.parallel.model_copy(update=degrees)
+    return parallel, plan_layout(parallel, devices, config.model, config.data.seq_len, *config.batches.sizes)
 
 
 def table(found: list[Row]) -> str:
@@ -153,7 +175,7 @@ def table(found: list[Row]) -> str:
     for row in found:
         start = f"{row.model:<5}  {row.devices:7,}  {row.mesh:<11}  "
         if row.seconds is None:
-            lines.append(f"{start}does not fit")
+            lines.append(f"{start}{row.missing}")
             continue
         lines.append(
             f"{start}{row.recompute:<9}  {row.micro:5}  {row.seconds:6.2f}  {row.waiting:7.1%}  "

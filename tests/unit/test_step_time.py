@@ -212,7 +212,7 @@ def test_loops_of_no_fixed_number_get_no_proposal():
 
 def test_the_table_of_large_models(tmp_path, capsys):
     """A model that does not fit has a line without numbers; the file has the rows of the table."""
-    options = ["--models", "1B", "70B", "--devices", "8", "--sequences", "64", "--json", str(tmp_path / "rows.json")]
+    options = ["--models", "1B", "70B", "--devices", "16", "--sequences", "64", "--json", str(tmp_path / "rows.json")]
     assert cluster_model.main(options) == 0
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -222,3 +222,33 @@ def test_the_table_of_large_models(tmp_path, capsys):
     assert sharded["waiting"] < split["waiting"] and sharded["tokens_per_second"] > split["tokens_per_second"]
     assert f"{sharded['tokens_per_second']:,.0f}" in printed
     assert cluster_model.main(["--device", "h1000"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("devices", "sequences", "missing"),
+    [
+        (8, 64, {"HSDP": "two or more whole machines of 8 devices"}),
+        (12, 96, {"HSDP": "two or more whole machines of 8 devices", "FSDP x TP 8": "parallel.tensor = 8"}),
+        (24, 96, {}),
+        (24, 64, {mesh: "batch.sequences = 64" for mesh in ("FSDP", "HSDP", "FSDP x TP 8")}),
+        (4, 64, {"HSDP": "two or more whole machines of 8 devices", "FSDP x TP 8": "does not divide the 4 processes"}),
+    ],
+)
+def test_the_table_tells_no_such_mesh_from_one_that_does_not_fit(devices, sequences, missing, capsys):
+    """HSDP on one machine would be FSDP."""
+    assert cluster_model.main(["--models", "1B", "--devices", str(devices), "--sequences", str(sequences)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("1B")]
+    found = {mesh: line for mesh in MESHES for line in lines if f"  {mesh}  " in line}
+    assert len(lines) == len(found) == len(MESHES)
+    assert {mesh for mesh, line in found.items() if "no such mesh" in line} == set(missing)
+    assert all(missing[mesh] in found[mesh] for mesh in missing)
+    assert not any("does not fit" in line for line in lines)
+
+
+@pytest.mark.parametrize("option", ["--devices", "--sequences", "--seq-len"])
+@pytest.mark.parametrize("value", ["0", "-8", "1.5", "many"])
+def test_the_table_refuses_what_is_no_number_of_something(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cluster_model.main([f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"{option}: {value}: accepted are whole numbers from 1 on" in capsys.readouterr().err
