@@ -155,9 +155,9 @@ def measure(
     return times
 
 
-def alone(step: Pass, batch: tuple[Tensor, Tensor]) -> float:
+def alone(step: Callable[..., Any], batch: tuple[Tensor, ...] = ()) -> float:
     """Seconds of a step of one process: on one CPU thread the processor's, which other work hardly lengthens."""
-    if batch[0].is_cuda or torch.get_num_threads() > 1:
+    if torch.cuda.is_available() or torch.get_num_threads() > 1:
         return timed(step, batch)
     start = time.process_time()
     step(*batch)

@@ -9,8 +9,9 @@ operators on a CPU. The floor of matrix products and of attention is their FLOPs
 measured here; the floor of all else is the bytes that one pass over its tensors moves, over the bandwidth of a copy,
 measured here. What neither operators nor kernels account for, Python and gaps, is the last term.
 
-The step itself is timed by the processor's clock on one CPU thread, which other work on the machine hardly lengthens.
-Operations have the wall's clock alone: of a few traced steps the fastest counts.
+On one CPU thread the processor's clock counts, which other work on the machine hardly lengthens. The profiler has the
+wall's alone; there its times are multiplied by what the processor's clock says of the whole traced step over what the
+wall's does.
 """
 
 import statistics
@@ -29,7 +30,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.architecture import alone
-from benchmarks.bench import Shape, arguments, batches, headline, parse, this_device, timed, write
+from benchmarks.bench import Shape, arguments, batches, headline, parse, this_device, write
 from benchmarks.noise_scale import Step
 from runtime.config import ParallelConfig
 from runtime.model.counts import count, flops_per_token
@@ -122,7 +123,7 @@ def bandwidth(device: torch.device, size: int) -> float:
 def _fastest(action: Callable[[], Any], rounds: int = 12) -> float:
     for _ in range(3):
         action()
-    return min(timed(action) for _ in range(rounds))
+    return min(alone(action) for _ in range(rounds))
 
 
 def term_of(event: Any) -> str:
@@ -147,21 +148,27 @@ def term_of(event: Any) -> str:
 
 
 def traced(step: Step, shape: Shape, device: torch.device) -> dict[str, float]:
-    """Seconds of each term, of the fastest of a few steps."""
-    source = batches(shape, device)
-    found = [_summed(events(step, next(source), device), device) for _ in range(TRACED)]
-    return min(found, key=lambda terms: sum(terms.values()))
+    """Seconds of each term, a step: the median of a few."""
+    source, found = batches(shape, device), []
+    for _ in range(TRACED):
+        operations, share = events(step, next(source), device)
+        found.append({term: share * seconds for term, seconds in summed(operations, device).items()})
+    return {term: statistics.median(each.get(term, 0.0) for each in found) for term in found[0]}
 
 
-def events(step: Step, batch: tuple[Tensor, Tensor], device: torch.device) -> list[Any]:
-    """The operations of a step, as the host called them."""
+def events(step: Step, batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[list[Any], float]:
+    """The operations of a step, as the host called them, and how much of their time by the wall's clock is theirs."""
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * (device.type == "cuda")) as profile:
-        step(*batch)
-    return [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CPU]
+        start = time.perf_counter()
+        seconds = alone(step, batch)
+        share = min(seconds / (time.perf_counter() - start), 1.0)
+    operations = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CPU]
+    return operations, share
 
 
-def _summed(operations: list[Any], device: torch.device) -> dict[str, float]:
+def summed(operations: list[Any], device: torch.device) -> dict[str, float]:
+    """Seconds of each term by the profiler's clock."""
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     found: dict[str, float] = defaultdict(float)
     for event in operations:

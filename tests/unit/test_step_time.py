@@ -230,7 +230,7 @@ def test_the_table_of_large_models(tmp_path, capsys):
         (8, 64, {"HSDP": "two or more whole machines of 8 devices"}),
         (12, 96, {"HSDP": "two or more whole machines of 8 devices", "FSDP x TP 8": "parallel.tensor = 8"}),
         (24, 96, {}),
-        (24, 64, {mesh: "batch.sequences = 64" for mesh in ("FSDP", "HSDP", "FSDP x TP 8")}),
+        (24, 64, dict.fromkeys(("FSDP", "HSDP", "FSDP x TP 8"), "batch.sequences = 64")),
         (4, 64, {"HSDP": "two or more whole machines of 8 devices", "FSDP x TP 8": "does not divide the 4 processes"}),
     ],
 )
