@@ -1,6 +1,7 @@
 """Speed of a training step: ours, Hugging Face's LlamaForCausalLM and a plain torch loop, of the same shapes.
 
     python benchmarks/throughput.py --shape small --pairs 20 --threads 1
+    python benchmarks/throughput.py --shape 8B --contenders ours-compiled ours-float8
 
 All contenders run in one process, interleaved in rounds, each round in the other direction, and every ratio is the
 median over rounds of (their time / our time in that round), with a bootstrap interval: a machine that is slow for a
@@ -28,6 +29,7 @@ from runtime.model.counts import count, flops_per_token
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
 from runtime.observe.devices import peak
+from runtime.observe.proposal import USABLE
 from runtime.parallel.float8 import apply_float8, check_available
 from runtime.parallel.parallelize import compile_block
 from runtime.parallel.recompute import recompute
@@ -173,6 +175,15 @@ PAIRS = [
 """Ratios to report: how many times as fast the first is as the second."""
 
 
+def most_at_once(shape: Shape, element: int, memory: float) -> int:
+    """How many contenders fit a device of so many bytes, when each keeps weights and two moments, and one at a time
+    has gradients, logits, and these and their gradient in float32. `element`: bytes of a number that they compute with.
+    """
+    parameters, logits = count(shape.config()).total, shape.batch * shape.seq_len * shape.vocab_size
+    at_work = parameters * element + logits * (element + 2 * 4)
+    return max(int((USABLE * memory - at_work) // (3 * parameters * element)), 0)
+
+
 @dataclass
 class Result:
     first_loss: float
@@ -251,6 +262,14 @@ def main(argv: list[str] | None = None) -> int:
             except ValueError as error:
                 parser.error(f"--contenders {name}: {error}")
     dtype = torch.bfloat16 if this_device().type == "cuda" else torch.float32
+    if this_device().type == "cuda":
+        memory = torch.cuda.get_device_properties().total_memory
+        most, asked = most_at_once(shape, dtype.itemsize, memory), len(options.contenders)
+        if asked > most:
+            parser.error(
+                f"--contenders: {asked} of shape {options.shape} do not fit the GPU's {memory / 1e9:.0f} GB at once; "
+                f"accepted are at most {most}, as in --contenders {' '.join(options.contenders[:most]) or '(none)'}"
+            )
     results = measure(options.contenders, shape, this_device(), dtype, options.pairs)
     print(headline(options.shape, shape))
     found = report(shape, this_device(), dtype, results)
