@@ -4,10 +4,11 @@
     python benchmarks/extras.py --parts ema streams --shape 0.3B
 
 Each part opens two trainers that differ in one setting, and the ratio is the median over rounds of the times of a few
-steps of each, with a bootstrap interval. The floor of what only moves memory (averages, norms of pieces, the copy a
-checkpoint is written from) is its bytes over the bandwidth of a copy of the parameters; that of what changes the model
-is the ratio of FLOPs. `checkpoint` is what training waits for at an asynchronous save, in steps, and how much slower it
-is while one is written; `growth` what it waits for while a model in memory is made twice as deep, in steps of that.
+steps of each, with a bootstrap interval. The floor of what only moves memory (averages, norms of pieces, growth) is its
+bytes over the bandwidth of a copy of the parameters; that of what a checkpoint is written from, of a copy to the host's
+memory; that of what changes the model is the ratio of FLOPs. `checkpoint` is what training waits for at an asynchronous
+save, in steps, and how much slower it is while one is written; `growth` what it waits for while a model in memory is
+made twice as deep, in steps of that.
 """
 
 import statistics
@@ -25,7 +26,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.bench import Shape, arguments, headline, parse, ratio, this_device, write
-from benchmarks.floor import bandwidth
+from benchmarks.floor import bandwidth, bandwidth_to_host
 from benchmarks.overhead import write_tokens
 from launch.chain import growing
 from launch.config import dump
@@ -94,6 +95,13 @@ def steps(trainer: Trainer) -> float:
     return clock() - start
 
 
+def wall() -> float:
+    """Seconds of the wall's clock, when the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
 def opened(*configs: Config) -> Iterator[list[Trainer]]:
     """The trainers of these runs, warm; what they say goes to stderr."""
@@ -133,7 +141,7 @@ def floor(name: str, within: ModelConfig, without: ModelConfig, shape: Shape, st
 def part_checkpoint(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
     """Steps that a save holds training up for, and the time of the next few over that of as many without a save. By
     the wall's clock, as a disk is waited for."""
-    stalls, slowed, wall = [], [], time.perf_counter
+    stalls, slowed = [], []
     with opened(configuration(shape, folder, CHECKPOINT, {})) as (trainer,):
         for _ in range(pairs):
             start = wall()
@@ -149,7 +157,7 @@ def part_checkpoint(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
     step = statistics.median(plain for _, plain in slowed) / STEPS
     found = {f"{CHECKPOINT}: stall, steps": {
         "ratio": ratio([1.0] * pairs, stalls),
-        "floor": 2 * size / bandwidth(this_device(), size) / step, "seconds": stalls,
+        "floor": size / bandwidth_to_host(this_device(), size) / step, "seconds": stalls,
     }}  # fmt: skip
     during, plain = (list(each) for each in zip(*slowed, strict=True))
     found[f"{CHECKPOINT}: steps while it is written"] = {
@@ -171,14 +179,14 @@ def part_growth(shape: Shape, folder: Path, pairs: int) -> dict[str, Any]:
     ):
         small.parts.persistence.save(small.state, elapsed=0.0, wait=True, retain=False)
         for turn in range(pairs + 1):
-            start = time.perf_counter()
+            start = wall()
             with open_segment(session, growing(session, small, config.growth[0])) as grown:
-                stalls.append(time.perf_counter() - start)
+                stalls.append(wall() - start)
                 if turn == pairs:
                     steps(grown)
-                    start = time.perf_counter()
+                    start = wall()
                     steps(grown)
-                    step = (time.perf_counter() - start) / STEPS
+                    step = (wall() - start) / STEPS
                     moved = sum(each.nbytes for each in grown.persistence.tensors().values()) * 3 // 2
     return {f"{GROWTH}: stall, steps": {
         "ratio": ratio([1.0] * pairs, [stall / step for stall in stalls[1:]]),

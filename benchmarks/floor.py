@@ -120,6 +120,13 @@ def bandwidth(device: torch.device, size: int) -> float:
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
 
 
+def bandwidth_to_host(device: torch.device, size: int) -> float:
+    """Bytes/s of a copy of so many bytes to the host's memory, pinned where the device is a GPU."""
+    source = torch.ones(max(min(size, LARGEST_COPY) // 4, 1), device=device)
+    target = torch.empty(source.shape, pin_memory=device.type == "cuda")
+    return source.nbytes / _fastest(lambda: target.copy_(source, non_blocking=True))
+
+
 def _fastest(action: Callable[[], Any], rounds: int = 12) -> float:
     for _ in range(3):
         action()

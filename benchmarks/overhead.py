@@ -4,8 +4,9 @@
 
 The trainer reads its batches from a token file, measures the gradient norm over the mesh, guards, clips, keeps the
 clock, polls for signals, beats the watchdog, and writes metrics.jsonl and TensorBoard every tenth step; the bare loop
-feeds the same decoder tokens from memory, with torch's own clipping and fused AdamW. Both take ten steps at a time in
-turn, in one process; the ratio is the median over these pairs of (trainer / bare), with a bootstrap interval.
+feeds the same decoder, of the same precision and recomputation, tokens from memory, with torch's own clipping and fused
+AdamW. Both take ten steps at a time in turn, in one process; the ratio is the median over these pairs of (trainer /
+bare), with a bootstrap interval.
 """
 
 import sys
@@ -23,9 +24,10 @@ if not __package__:
 
 from benchmarks.bench import Shape, arguments, batches, headline, parse, ratio, timed, write
 from runtime.assembly import open_trainer
-from runtime.config import Config
+from runtime.config import Config, ParallelConfig
 from runtime.model.decoder import Decoder
-from runtime.model.initialization import initialize
+from runtime.parallel.mesh import Mesh
+from runtime.parallel.parallelize import materialize, parallelize
 from runtime.startup import process_group
 from runtime.trainer import Trainer
 
@@ -51,6 +53,7 @@ def configuration(shape: Shape, folder: Path, steps: int) -> Config:
             "model": shape.config().model_dump(),
             "data": {"seq_len": shape.seq_len, "sources": [{"path": str(folder / "train")}]},
             "batch": {"sequences": shape.batch},
+            "parallel": {"recompute": "full" if shape.recompute else "none"},
             "optim": {"lr": 1e-3},
             "schedule": {"horizon": shape.batch * shape.seq_len * steps, "kind": "constant"},
             "checkpoint": {"every": "100%"},
@@ -59,12 +62,13 @@ def configuration(shape: Shape, folder: Path, steps: int) -> Config:
     )
 
 
-def bare(shape: Shape, device: torch.device) -> Callable[[], None]:
-    """Ten steps of the decoder alone."""
-    decoder = Decoder(shape.config()).to(device)
-    initialize(decoder, 0)
+def bare(shape: Shape, mesh: Mesh, parallel: ParallelConfig) -> Callable[[], None]:
+    """Ten steps of the decoder alone, with the trainer's precision and recomputation."""
+    with torch.device("meta"):
+        decoder = Decoder(shape.config())
+    materialize(parallelize(decoder, mesh, parallel), mesh.device, 0)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    source = batches(shape, device)
+    source = batches(shape, mesh.device)
 
     def steps() -> None:
         for _ in range(STEPS):
@@ -94,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, process_group(600):
         config = configuration(shape, Path(folder), STEPS * (options.pairs + 3))
         with open_trainer(config, "") as trainer:
-            contenders = {"trainer": looped(trainer), "bare": bare(shape, trainer.mesh.device)}
+            contenders = {"trainer": looped(trainer), "bare": bare(shape, trainer.mesh, config.parallel)}
             for turn in range(options.pairs + 1):
                 for name in sorted(contenders, reverse=bool(turn % 2)):
                     seconds = timed(contenders[name])

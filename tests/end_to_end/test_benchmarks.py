@@ -1,5 +1,6 @@
 """The benchmarks run: each on the smallest shape, with few rounds."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -7,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import throughput
+from benchmarks import architecture, extras, floor, noise_scale, overhead, throughput
 from benchmarks.bench import SHAPES, batches
+from runtime.observe.memory import fake_world
+from runtime.parallel.mesh import build, plan_layout
 
 TINY = ["--shape", "tiny", "--threads", "1"]
 CPU = torch.device("cpu")
@@ -54,3 +57,45 @@ def test_more_contenders_than_a_gpu_can_hold_are_refused_before_any_is_built(mon
     told = capsys.readouterr().err
     assert "6 of shape 8B do not fit the GPU's 150 GB at once" in told
     assert told.endswith("accepted are at most 2, as in --contenders ours ours-compiled\n")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "told"),
+    [
+        (throughput, ["--contenders", "ours", "plain"], ["ours is", "x as fast as plain"]),
+        (throughput, ["--contenders", "ours", "hf"], ["x as fast as hf"]),
+        (floor, [], ["products of blocks", "sums on the stream", "step"]),
+        (overhead, [], ["trainer / bare loop"]),
+        (extras, ["--parts", "ema", "checkpoint"], ["ema", "checkpoint: stall, steps", "while it is written"]),
+        (extras, ["--parts", "growth"], ["growth: stall, steps"]),
+        (architecture, ["--parts", "own_norms"], ["own_norms / tied, a step"]),
+        (noise_scale, ["--parts", "alone", "traffic"], ["measured / not, a step of one process", "bytes more"]),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_a_benchmark_runs_and_writes_what_it_tells(benchmark, options, told, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    if "hf" in options:
+        pytest.importorskip("transformers")
+    try:
+        assert benchmark.main([*TINY, "--pairs", "2", *options, "--json", str(tmp_path / "found.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert all(each in printed for each in told)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["shape"]["hidden_size"] == SHAPES["tiny"].hidden_size and found["machine"]["threads"] == 1
+
+
+def test_the_bare_loop_computes_and_recomputes_as_the_trainer(tmp_path):
+    shape = replace(SHAPES["tiny"], num_layers=2, recompute=True)
+    config = overhead.configuration(shape, tmp_path, 1)
+    assert config.parallel.recompute == "full"
+    parallel = config.parallel.model_copy(update={"precision": "bf16"})
+    with fake_world(1):
+        mesh = build(plan_layout(parallel, 1, shape.config(), shape.seq_len, 1), "cpu")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            overhead.bare(shape, mesh, parallel)()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::silu"] == 2 * shape.num_layers * overhead.STEPS
+    assert any("FSDP" in name for name in calls), "bf16 is FSDP's"
