@@ -10,6 +10,10 @@ from runtime.model.linear import product, product_over_rows
 
 IGNORE = -100
 """A target that is not predicted."""
+_CPU_CHUNK, GPU_CHUNK = 2**20, 2**27
+"""Logits that exist at a time."""
+_TILE = 256
+"""Rows that a GPU's products are cut into: a part of a tile takes as long as a whole one."""
 
 
 class Loss(NamedTuple):
@@ -57,10 +61,11 @@ class LinearCrossEntropy(nn.Module):
 
     def chunk_rows(self, device: torch.device, vocab_size: int) -> int:
         """Positions in a chunk. By default a CPU's chunk of logits stays in its cache, where that leaves enough rows
-        for a matrix product, and a GPU's has 512 MiB in float32."""
-        if self.chunk_elements is not None:
-            return max(1, self.chunk_elements // vocab_size)
-        return max(64, (2**20 if device.type == "cpu" else 2**27) // vocab_size)
+        for a matrix product. A GPU's has 512 MiB in float32, and whole tiles of rows where there is more than one."""
+        if self.chunk_elements is None and device.type == "cpu":
+            return max(64, _CPU_CHUNK // vocab_size)
+        rows = max(1, (self.chunk_elements or GPU_CHUNK) // vocab_size)
+        return rows - rows % _TILE if rows > _TILE else rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

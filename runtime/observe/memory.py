@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from runtime.config import Config
 from runtime.data.loader import Batch
+from runtime.model.cross_entropy import GPU_CHUNK
 from runtime.model.decoder import Decoder
 from runtime.model.normalization import RMSNorm, scaled
 from runtime.model.tying import most_loops
@@ -24,9 +25,6 @@ from runtime.optim.optimizers import build as build_optimizer
 from runtime.parallel.mesh import Layout, Mesh, build
 from runtime.parallel.parallelize import compute_dtype, parallelize
 from runtime.step import train_step
-
-# The positions of a chunk of logits follow the device; the trace runs on fake CPU tensors.
-_GPU_CHUNK = 2**27
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def _build_decoder(config: Config, mesh: Mesh, device_type: str) -> nn.Module:
     with torch.device("meta"):
         decoder = Decoder(config.model)
     if device_type != "cpu":
-        decoder.cross_entropy.chunk_elements = _GPU_CHUNK
+        decoder.cross_entropy.chunk_elements = GPU_CHUNK  # the trace runs on fake CPU tensors
     precision = _precision(config.parallel.precision, device_type)
     plan = config.parallel.model_copy(update={"compile": False, "precision": precision, "float8": "none"})
     if config.parallel.compile and plan.recompute == "none":

@@ -109,3 +109,22 @@ def test_never_more_logits_than_a_chunk():
         loss = LinearCrossEntropy(64 * 1000)(hidden, weight, targets)
         loss.cross_entropy.backward()
     assert max(sizes) == 64 * 1000
+
+
+@pytest.mark.parametrize(
+    ("device", "chunk", "vocab_size", "rows"),
+    [
+        ("cpu", None, 4096, 256),
+        ("cpu", None, 3000, 349),
+        ("cpu", None, 10**6, 64),
+        ("cpu", 2**27, 128256, 1024),
+        ("cuda", None, 128256, 1024),
+        ("cuda", None, 32000, 4096),
+        ("cuda", None, 2**19, 256),
+        ("cuda", None, 2**19 + 1, 255),
+        ("cuda", 53 * 7, 53, 7),
+        ("cuda", 1, 53, 1),
+    ],
+)
+def test_a_gpus_chunk_has_whole_tiles_of_rows(device, chunk, vocab_size, rows):
+    assert LinearCrossEntropy(chunk).chunk_rows(torch.device(device), vocab_size) == rows
