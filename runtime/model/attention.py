@@ -72,9 +72,23 @@ class Attention(nn.Module):
         before = prefix.of_batch(batch, self.streams, self.head_dim) if prefix is not None else None
         if probe is not None:
             probe.attention_logits(depth, largest_logit(query, key, mask, self.scale))
+        if _needs_head_for_head(query, mask):
+            key, value, *repeated = (repeat_heads(each, query) for each in (key, value, *(before or ())))
+            before = tuple(repeated) if before is not None else None
         bias = None if prefix is None or prefix.bias is None else prefix.bias.squeeze()
         y = attend(query, key, value, mask, before, bias, self.scale)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1), **use.delta("o_proj"))
+
+
+def _needs_head_for_head(query: Tensor, mask: Tensor | None) -> bool:
+    """On a GPU the kernels that take a mask take no groups of queries, and torch's composed attention, which does, has
+    the whole square of logits in memory."""
+    return query.is_cuda and mask is not None
+
+
+def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """Keys, values or those of a prefix [b, kv_heads, n, d] as [b, heads, n, d]: one for each of the query's heads."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], 1) if x.shape[1] != query.shape[1] else x
 
 
 @torch.no_grad()

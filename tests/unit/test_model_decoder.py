@@ -5,8 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from runtime.model import linear
+from runtime.model import attention, linear
 from runtime.model.attention import largest_logit
 from runtime.model.cache import KeyValueCache
 from runtime.model.config import ModelConfig
@@ -60,6 +61,31 @@ def test_documents_do_not_see_each_other(options):
         alone = torch.cat([decoder(part[None])[0] for part in tokens[row].split(lengths)])
         torch.testing.assert_close(packed[row], alone, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(packed, decoder(tokens), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 1, "head_dim": 16},
+        {"num_kv_heads": 2, "streams": {"count": 2, "prefix_tokens": 3}},
+        {"num_kv_heads": 2, "streams": {"count": 2, "prefix_tokens": 3, "quiet": True}},
+    ],
+    ids=str,
+)
+def test_heads_repeated_for_a_mask_change_nothing(options, monkeypatch):
+    """As on a GPU, whose kernels with a mask take no groups; gradients too."""
+    tokens, ids, found, widths = draw(2, 12), torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [4] * 10]), [], []
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: widths.append(k.shape[1]) or attend(q, k, *rest))
+    for repeats in (False, True):
+        monkeypatch.setattr(attention, "_needs_head_for_head", lambda query, mask, repeats=repeats: repeats)
+        decoder = build(**options)
+        loss = decoder(tokens, tokens, document_ids=ids).total
+        loss.backward()
+        found.append([loss, *(each.grad for each in decoder.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    assert set(widths) == {options["num_kv_heads"], BASE["num_heads"]}
 
 
 @each_option
@@ -278,6 +304,30 @@ def test_every_float32_product_is_of_one_library(onednn, compiled, monkeypatch):
     taken, other = ("mkldnn::_linear_pointwise", "aten::mm") if onednn else ("aten::mm", "mkldnn::_linear_pointwise")
     assert other not in calls and "aten::addmm" not in calls
     assert calls[taken] == 3 * (7 * 3 + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_on_a_gpu_is_that_of_the_cpu(kv_heads, masked):
+    """In bf16, by kernels that never hold the square of logits, against float64 on the CPU; gradients too."""
+    shapes = [(2, heads, 256, 64) for heads in (4, kv_heads, kv_heads, 4)]
+    *inputs, outer = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
+    ids = torch.arange(256, device="cuda") // 100
+    mask = (ids[:, None] == ids).tril()[None, None] if masked else None
+    found = []
+    for to in ({}, {"device": "cpu", "dtype": torch.float64}):
+        query, key, value = (each.detach().to(**to).requires_grad_() for each in inputs)
+        seen = None if mask is None else mask.to(query.device)
+        repeats = attention._needs_head_for_head(query, seen)
+        keys, values = (attention.repeat_heads(each, query) if repeats else each for each in (key, value))
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+            y = attention.attend(query, keys, values, seen, None, None, 0.125)
+        y.backward(outer.to(**to))
+        found.append([each.detach().cpu().double() for each in (y, query.grad, key.grad, value.grad)])
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() < 2e-2 * exact.norm()
 
 
 def test_the_libraries_of_products_agree(monkeypatch):
