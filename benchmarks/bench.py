@@ -5,6 +5,7 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,7 +144,7 @@ def told(found: Mapping[str, Any]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What the numbers were taken on."""
+    """What the numbers were taken on, and the versions of the packages that were used."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -156,7 +157,18 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    if "transformers" in sys.modules:
-        found["transformers"] = sys.modules["transformers"].__version__
-    return found
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "driver": driver()}
+    versions = {name: sys.modules[name].__version__ for name in ("transformers", "torchao") if name in sys.modules}
+    return found | versions
+
+
+def driver() -> str:
+    """Version of the GPU's driver."""
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.stdout.split("\n")[0].strip() or "unknown"

@@ -1,6 +1,7 @@
 """The benchmarks run: each on the smallest shape, with few rounds."""
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import architecture, extras, floor, noise_scale, overhead, throughput
+from benchmarks import architecture, bench, extras, floor, noise_scale, overhead, throughput
 from benchmarks.bench import SHAPES, batches
 from runtime.observe.memory import fake_world
 from runtime.parallel.mesh import build, plan_layout
@@ -99,3 +100,20 @@ def test_the_bare_loop_computes_and_recomputes_as_the_trainer(tmp_path):
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["aten::silu"] == 2 * shape.num_layers * overhead.STEPS
     assert any("FSDP" in name for name in calls), "bf16 is FSDP's"
+
+
+def test_what_was_measured_names_the_machine(monkeypatch):
+    """Of a GPU the driver too, and the versions of what was imported."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="580.82\n580.82\n"))
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(__version__="0.18"))
+    found = bench.machine(torch.device("cuda"))
+    expected = {"gpu": "NVIDIA H200", "cuda": "13.0", "driver": "580.82", "torchao": "0.18", "torch": torch.__version__}
+    assert expected.items() <= found.items()
+    assert not {"gpu", "cuda", "driver"} & bench.machine(CPU).keys()
+
+
+def test_a_driver_that_does_not_tell_its_version_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert bench.driver() == "unknown"
