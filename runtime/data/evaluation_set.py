@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from runtime.data.loader import Batch, pack
 from runtime.data.tokens import TokenFile
@@ -32,6 +33,7 @@ class EvaluationSet:
         self.seq_len, self.vocab_size, self.document_mask = seq_len, vocab_size, document_mask
         every = -(-(self.file.num_tokens - 1) // seq_len)
         self._windows = range(every)
+        self._pin = torch.cuda.is_available()
         if max_sequences is not None and max_sequences < every:
             self._windows = [k * every // max_sequences for k in range(max_sequences)]
 
@@ -66,6 +68,6 @@ class EvaluationSet:
             valid[row, : length - 1] = True
             if self.document_mask:
                 documents[row, :length] = self.file.document_ids(start, length)
-        batch = pack(tokens, documents if self.document_mask else None)
+        batch = pack(tokens, documents if self.document_mask else None, self._pin)
         batch.targets.numpy()[~valid] = IGNORE
         return batch

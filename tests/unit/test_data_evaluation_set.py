@@ -1,6 +1,7 @@
 """Held-out sets: each target counted once, by any number of ranks making equally many forward passes."""
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +57,17 @@ def test_targets_across_documents_are_ignored_with_a_document_mask(tmp_path):
     owners = [k for k, each in enumerate(documents) for _ in each]
     known = [each for each in ids if each >= 0]
     assert known in (owners, owners[:-1]), "padding belongs to no document"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_batches_for_a_gpu_are_pinned(tmp_path, monkeypatch, on_gpu):
+    """So that their copies do not wait; with all that they have, and the targets that are left out."""
+    path, pinned = write_tokens(tmp_path / "a", [range(10)]), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    batches = list(EvaluationSet(path, 8, 10, document_mask=True).batches(0, 1, 1))
+    assert {id(each) for each in pinned} == ({id(each) for batch in batches for each in batch} if on_gpu else set())
+    assert sorted(targets_of(batches)) == list(range(1, 10))
 
 
 @pytest.mark.parametrize(
