@@ -52,6 +52,29 @@ def test_products_round_their_inputs_and_multiply_exactly(recipe):
     assert not torch.allclose(y, x @ weight.T, rtol=1e-3), "nothing was rounded"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < float8.CAPABILITY,
+    reason="no GPU of compute capability 8.9",
+)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_gpus_kernels_multiply_as_their_emulation(recipe):
+    """Of bf16 numbers: what is rounded to float8 is the same, the sums differ by their precision."""
+    found = []
+    torch.manual_seed(0)
+    weight, x, outer = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((96, 64), (128, 64), (128, 96)))
+    for emulate in (False, True):
+        layers = nn.ModuleDict({"q_proj": Linear(64, 96)}).to("cuda", torch.bfloat16)
+        layers["q_proj"].weight.data.copy_(weight)
+        apply_float8(layers, recipe, emulate=emulate)
+        inputs = x.to("cuda").requires_grad_()
+        y = layers["q_proj"](inputs)
+        y.backward(outer.to("cuda"))
+        found.append([each.detach().double() for each in (y, inputs.grad, layers["q_proj"].weight.grad)])
+    for kernels, emulated in zip(*found, strict=True):
+        assert (kernels - emulated).norm() < 1e-2 * emulated.norm()
+
+
 ATTENTION = {f"attention.{each}_proj" for each in "qkvo"}
 FEED_FORWARD = {f"feed_forward.{each}_proj" for each in ("gate", "up", "down")}
 

@@ -231,3 +231,23 @@ def test_no_micro_batch_and_no_mesh_changes_the_result():
             assert losses == pytest.approx(whole[0], rel=2e-6)
             assert weights == pytest.approx(whole[2], abs=1e-6)
     assert any(map(any, alone[0][0][1])) and not any(map(any, alone[1][0][1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("counts", [[40, 24, 56, 8], [0, 128, 0, 0], [1, 5, 90, 32]], ids=str)
+def test_torchs_grouped_product_is_that_of_the_loop(counts, monkeypatch):
+    """In bf16, against the loop in float64; gradients too, also of experts without a token."""
+    ends = torch.tensor(counts, device="cuda").cumsum(0)
+    shapes = [(sum(counts), 64), (sum(counts), 48), *[(48, 64)] * len(counts)]
+    x, outer, *weights = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
+    calls, kernel, found = [], torch._grouped_mm, []
+    monkeypatch.setattr(torch, "_grouped_mm", lambda *given, **named: calls.append(1) or kernel(*given, **named))
+    for dtype in (torch.bfloat16, torch.float64):
+        inputs = [each.detach().to(dtype).requires_grad_() for each in (x, *weights)]
+        y = grouped_product(inputs[0], inputs[1:], ends)
+        y.backward(outer.to(dtype))
+        found.append([y.detach().double(), *(each.grad.double() for each in inputs)])
+        assert len(calls) == 3, "the kernel's forward and both of its gradients, and none of the loop's"
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 1e-2 * exact.norm()
