@@ -67,7 +67,7 @@ def test_a_gpus_kernels_multiply_as_their_emulation(recipe):
         layers = nn.ModuleDict({"q_proj": Linear(64, 96)}).to("cuda", torch.bfloat16)
         layers["q_proj"].weight.data.copy_(weight)
         apply_float8(layers, recipe, emulate=emulate)
-        inputs = x.to("cuda").requires_grad_()
+        inputs = x.detach().clone().to("cuda").requires_grad_()
         y = layers["q_proj"](inputs)
         y.backward(outer.to("cuda"))
         found.append([each.detach().double() for each in (y, inputs.grad, layers["q_proj"].weight.grad)])
