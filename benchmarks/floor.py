@@ -184,7 +184,7 @@ def summed(operations: list[Any], device: torch.device) -> dict[str, float]:
 
 
 def measure(shape: Shape, device: torch.device, is_compiled: bool, rounds: int) -> dict[str, Any]:
-    """All that the table says. The times of operations are scaled by nothing: a profiled step is a slower one."""
+    """All that the table says. A profiled step is a slower one, and the times of its operations are left so."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     step = built(shape, device, is_compiled)
     source = batches(shape, device)
