@@ -1,13 +1,27 @@
 """The next runs of a grid of learning rates and batches, each as a configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from launch.auto import FileLaws, Laws, round_batch, round_rate
 from launch.growth_config import RunConfiguration
-from launch.planning import Machine, Preset, Target, Unidentified, checked, draft, short, sizes, told_by, whole_steps
+from launch.planning import (
+    Machine,
+    Preset,
+    Target,
+    Unidentified,
+    checked,
+    draft,
+    first_held,
+    held_by,
+    short,
+    sizes,
+    told_by,
+    whole_steps,
+)
 from launch.shapes import Family
 from runtime.model.counts import count as counted
 from scaling.columns import DIVERGED, RUNNING
@@ -61,21 +75,33 @@ def design(
     rows = table.where(laws.analysis.used | np.isin(np.array(status, dtype=object), (DIVERGED, RUNNING)))
     chosen = next_runs(rows, size, [(found["N"].value, found["D"].value)], count=count, budget_flops=budget)
     runs = [NextRun(each, number, len(chosen), size, notes=warned) for number, each in enumerate(chosen, 1)]
-    return [_configured(run, preset, family, machine) for run in runs] if preset else runs
+    return [_configured(run, preset, machine) for run in runs] if preset else runs
 
 
-def _configured(run: NextRun, preset: Preset, family: Family, machine: Machine) -> NextRun:
-    """The run with its configuration: the nearest shape, and the batch that the mesh carries."""
+def _configured(run: NextRun, preset: Preset, machine: Machine) -> NextRun:
+    """The run with its configuration. ValueError, naming the run, where the machine cannot hold it."""
+    try:
+        return first_held(preset, machine, partial(_shaped, run, preset, machine))
+    except ValueError as error:
+        each = run.proposal
+        raise ValueError(f"run {run.number} of {run.count} (N = {each.N:.4g}, D = {each.D:.4g}): {error}") from None
+
+
+def _shaped(run: NextRun, preset: Preset, machine: Machine, tensor: int) -> NextRun | None:
+    """The nearest shape, and the batch that the mesh carries, with a tensor-parallel degree; None where the machine
+    cannot hold it."""
     each, notes = run.proposal, list(run.notes)
-    model = family.nearest(run.size, each.N)
+    model = Family(preset.config.model, tensor).nearest(run.size, each.N)
     have = getattr(counted(model), run.size)
     if abs(np.log(have / each.N)) > MOST_APART:
         notes.append(f"the nearest shape of the preset's family has {have:,} {run.size} parameters")
-    raw = draft(preset, model, each.D, preset.config.parallel.tensor)
+    raw = draft(preset, model, each.D, tensor)
     sequences = round_batch(each.batch_tokens, checked(raw), machine.world_size)
     if not 2 / 3 < sequences * preset.config.data.seq_len / each.batch_tokens < 3 / 2:
         notes.append(f"the mesh carries batches of {sequences:,} sequences")
     raw["batch"]["sequences"], raw["optim"]["lr"] = sequences, round_rate(each.lr)
     raw["schedule"]["horizon"] = whole_steps(each.D, sequences * preset.config.data.seq_len)
     raw["run"]["name"] += f"-next-{run.number}-{short(have)}-{short(each.D)}"
-    return NextRun(each, run.number, run.count, run.size, raw, checked(raw), tuple(notes))
+    if (held := held_by(raw, machine)) is None:
+        return None
+    return replace(run, raw=held[0], config=checked(held[0]), notes=tuple(notes))

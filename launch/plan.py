@@ -107,6 +107,8 @@ def checked(arguments: argparse.Namespace) -> "tuple[Target, Machine]":
             raise ValueError(f"--{name.replace('_', '-')} {value:g} is not positive")
     if (arguments.next is None) != (arguments.budget is None):
         raise ValueError("--next K and --budget FLOPS belong together")
+    if arguments.next is not None and arguments.throughput is not None:
+        raise ValueError("--throughput is of one shape, and --next plans runs of several; leave it out")
     target = Target(*(amount(name, getattr(arguments, name)) for name in ("compute", "params", "tokens")))
     return target, Machine(arguments.world_size, arguments.device_memory)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from scaling.decisions import by_parameter
 from scaling.proposal import law_for
 from scaling.results import Decision, Fit, Plateau, Verdict
 
+Made = TypeVar("Made")
 QUANTITIES = ("loss", "batch_tokens", "lr")
 SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
 FEW_LAYERS = 2, 4
@@ -123,10 +124,15 @@ def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machin
     if preset is None:
         found = sizes(laws, target)
         return Plan(answered(decisions.at_sizes(found, laws.fits, laws.bowls, far=far)), fits, size)
+    return first_held(preset, machine, partial(_shaped, laws, fits, size, target, preset, machine, far=far))
+
+
+def first_held(preset: Preset, machine: Machine, made: Callable[[int], Made | None]) -> Made:
+    """What is made with the first tensor-parallel degree that the machine can hold it with. ValueError if there is
+    none."""
     for tensor in _degrees(preset, machine):
-        plan = _shaped(laws, fits, size, target, preset, machine, tensor, far)
-        if plan is not None:
-            return plan
+        if (found := made(tensor)) is not None:
+            return found
     raise ValueError(
         f"no layout on {machine.world_size} devices of {machine.memory_gib:g} GiB holds this model, with one sequence "
         "at a time and full recomputation; give more devices, or a smaller target"
@@ -173,6 +179,7 @@ def _shaped(
     preset: Preset,
     machine: Machine,
     tensor: int,
+    *,
     far: bool,
 ) -> Plan | None:
     """The plan with a tensor-parallel degree; None where the machine cannot hold it."""
@@ -195,7 +202,7 @@ def _shaped(
     if "lr" in fits:
         raw["optim"]["lr"] = round_rate(decision.proposal["lr"].value)
     raw["run"]["name"] += f"-{short(getattr(count(model), size))}-{short(tokens)}"
-    held = _held(raw, machine)
+    held = held_by(raw, machine)
     return None if held is None else Plan(decision, fits, size, held[0], checked(held[0]), held[1])
 
 
@@ -249,7 +256,7 @@ def _degrees(preset: Preset, machine: Machine) -> Iterator[int]:
         yield degree
 
 
-def _held(raw: dict[str, Any], machine: Machine) -> tuple[dict[str, Any], int | None] | None:
+def held_by(raw: dict[str, Any], machine: Machine) -> tuple[dict[str, Any], int | None] | None:
     """The run with the recomputation and micro-batch that the machine can hold, the fastest first, and the bytes that a
     device needs; None where it holds none. ValueError for a layout that cannot be."""
     config = checked(raw)

@@ -212,6 +212,9 @@ BAD = {
     "override": (["--compute", "1e20", "optim.lr=1"], "override 'optim.lr=1' is of a preset"),
     "world": (["--compute", "1e20", "--world-size", "0"], "--world-size 0 is not positive"),
     "next": (["--compute", "1e20", "--next", "3"], "--next K and --budget FLOPS belong together"),
+    "throughput": (
+        ["--compute", "1e20", "--next=3", "--budget=1e20", "--throughput=1e6"], "--throughput is of one shape"
+    ),
     "laws": (["--compute", "1e20", "--laws", "nowhere"], "'nowhere' is neither a laws file nor a published law"),
     "preset": (["--compute", "1e20", "--config", "nowhere.toml"], "cannot read the configuration nowhere.toml"),
     "no loss": (["--compute", "1e20", "--laws", "step-law"], "there is no law of loss, which --compute alone needs"),
@@ -427,6 +430,18 @@ def test_the_next_runs_are_written_within_the_budget(tmp_path, preset, capsys):
         assert count(config.model).non_embedding == pytest.approx(n, rel=0.3)
         assert config.schedule.horizon == pytest.approx(d, rel=0.02)
         assert config.optim.lr == pytest.approx(lr, rel=5e-3)
+
+
+@pytest.mark.parametrize(("gib", "said"), [("0.001", r"alone need \d+ devices of 0.001 GiB"), ("1", None)])
+def test_the_next_runs_are_what_a_device_holds(tmp_path, preset, capsys, once, gib, said):
+    laws, out = write_laws(tmp_path, *small_fits(), table=grid()), tmp_path / "next"
+    asked = ("--params=400K", "--tokens=8M", "--next=1", "--budget=2e13", f"--config={preset}", f"--out={out}")
+    code, _, err = run(capsys, "--laws", laws, *asked, f"--device-memory={gib}")
+    if said:
+        assert code == 2 and re.search(rf"run 1 of 1 \(N = .*{said}", err) and not out.exists()
+    else:
+        (path,) = out.glob("*.toml")
+        assert code == 0 and needed(compose(path), 1) <= 2**30 and compose(path).batch.micro_sequences
 
 
 def test_too_small_a_budget_says_so(tmp_path, capsys):
