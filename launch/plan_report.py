@@ -18,9 +18,11 @@ from launch.next_runs import NextRun
 from launch.planning import Plan
 from runtime.model.counts import count, flops_per_token
 from runtime.observe.run_directory import write_atomically
+from scaling.design.proposals import LEAST_GAIN
 from scaling.results import Estimate
 
 DAY = 86400.0
+DESIGN_REGRET = "(of a decision by the bowls of all runs at once; that of the laws' decision is told without --next)"
 NAMES = {
     "N": "parameters",
     "D": "tokens",
@@ -64,18 +66,21 @@ def write_next(runs: Sequence[NextRun], laws: Laws, folder: Path) -> list[Path]:
 def next_table(runs: Sequence[NextRun], laws: Laws, budget: float) -> str:
     """The next runs in the order of choice, as text."""
     if not runs:
-        return f"By {laws.name}: no run of at most {budget:.4g} FLOPs would reduce the expected regret"
+        return (
+            f"By {laws.name}: no run of at most {budget:.4g} FLOPs is worth its cost: together they would lower the "
+            f"design regret at the target by less than {LEAST_GAIN:.0%} of it, or none is affordable"
+        )
     grid = Table(box=None, pad_edge=False, header_style="")
-    for heading in ("", "parameters", "tokens", "lr", "batch, tokens", "FLOPs", "regret after"):
+    for heading in ("", "parameters", "tokens", "lr", "batch, tokens", "FLOPs", "design regret after"):
         grid.add_column(heading, justify="right")
     for number, each in enumerate(runs, 1):
         run = each.proposal
         numbers = (f"{value:.4g}" for value in (run.N, run.D, run.lr, run.batch_tokens, run.flops))
         grid.add_row(f"{number}", *numbers, f"{run.regret_after:.3%}")
     spent = math.fsum(each.proposal.flops for each in runs)
-    below = f"{spent:.4g} of {budget:.4g} FLOPs; expected regret at the target now {runs[0].proposal.regret_before:.3%}"
+    below = f"{spent:.4g} of {budget:.4g} FLOPs; design regret at the target now {runs[0].proposal.regret_before:.3%}"
     notes = "".join(f"\nwarning: {each}" for each in dict.fromkeys(note for run in runs for note in run.notes))
-    return f"By {laws.name}\n\n{_text(grid)}\n{below}{notes}"
+    return f"By {laws.name}\n\n{_text(grid)}\n{below}\n{DESIGN_REGRET}{notes}"
 
 
 def _text(grid: Table) -> str:
@@ -115,7 +120,7 @@ def _next_comments(run: NextRun, laws: Laws) -> list[str]:
     return [
         f"Planned by launch/plan.py --next from {laws.name}: run {run.number} of {run.count}.",
         f"N = {each.N:.4g} ({run.size}), D = {each.D:.4g}, lr = {each.lr:.4g}, batch = {each.batch_tokens:.4g} tokens.",
-        f"The expected regret at the target falls from {each.regret_before:.4%} to {each.regret_after:.4%}.",
+        f"The design regret at the target falls from {each.regret_before:.4%} to {each.regret_after:.4%}.",
         *(f"warning: {note}" for note in run.notes),
     ]
 
@@ -142,7 +147,7 @@ def _costs(plan: Plan) -> list[str]:
             f"anywhere on a plateau the loss is at most {next(iter(decision.plateau.values())).cost:.1%} higher"
         )
     if math.isfinite(decision.regret):
-        lines.append(f"expected excess of the loss for not knowing the optimum: {decision.regret:.3%}")
+        lines.append(f"expected excess of the loss for what the laws leave open of the optimum: {decision.regret:.3%}")
     if math.isfinite(decision.extrapolation):
         lines.append(f"{decision.extrapolation:.3g} times the largest compute that the laws were fitted to")
     return lines

@@ -13,6 +13,9 @@ from scaling.design.posterior import Belief
 from scaling.design.runs import Runs, cells_of, read
 from scaling.table import RunTable
 
+LEAST_GAIN = 0.01
+"""Of the expected regret: runs that lower it by less, all that would follow together, are not worth their cost."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -24,7 +27,8 @@ class Proposal:
     batch_tokens: float
     flops: float
     regret_before: float
-    """Expected excess of the loss at the targets as a share, mean over them, before this run and after those above."""
+    """Expected excess of the loss at the targets as a share under the belief, mean over them, before this run and after
+    those above."""
     regret_after: float
 
 
@@ -41,8 +45,9 @@ def next_runs(
 
     N means the column `size`. Candidates are a table with that column, tokens, lr and batch_tokens (and flops), or else
     the lattice of `scaling.design.candidates`. Runs of the table that are still running count as made. Nothing is
-    drawn: the same table gives the same runs. An empty list where nothing is affordable. ValueError for bad targets,
-    count or budget, and as `belief`.
+    drawn: the same table gives the same runs. It ends before runs that would lower the regret by less than `LEAST_GAIN`
+    of it together; an empty list where that is all of them, or nothing is affordable. ValueError for bad targets, count
+    or budget, and as `belief`.
     """
     where = _checked(targets, count, budget_flops)
     runs = read(table, size)
@@ -73,8 +78,16 @@ def _chosen(
             before,
             after,
         )
-        for run, before, after in picked
+        for run, before, after in worthwhile(picked)
     ]
+
+
+def worthwhile(picked: Sequence[tuple[int, float, float]]) -> Sequence[tuple[int, float, float]]:
+    """The first of these runs, (index, regret before, regret after) each, without those at the end that together gain
+    less than `LEAST_GAIN`. A run that gains nothing may prepare the one after it, so none is judged alone."""
+    last = picked[-1][2] if picked else 0.0
+    gaining = (before - last >= LEAST_GAIN * before for _, before, _ in picked)
+    return picked[: sum(gaining)]
 
 
 def _checked(targets: Sequence[tuple[float, float]], count: int, budget_flops: float) -> tuple[np.ndarray, np.ndarray]:

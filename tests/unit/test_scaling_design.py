@@ -11,6 +11,7 @@ from benchmarks.scaling_design import SPENDING, grid, replay
 from scaling.design import belief, next_runs
 from scaling.design.bowl import LOCAL, SHARED, Points, evaluate, linex, reach
 from scaling.design.choice import design, target_factor
+from scaling.design.proposals import worthwhile
 from scaling.design.runs import read
 from tests.published import published
 
@@ -142,6 +143,16 @@ def test_count_and_budget_are_kept_and_every_run_is_new(count, budget):
 
 def test_nothing_is_proposed_where_nothing_is_affordable():
     assert next_runs(swept(), "non_embedding", [TARGET], count=4, budget_flops=1e15) == []
+
+
+@pytest.mark.parametrize(
+    ("regrets", "kept"),
+    [([], 0), ([1, 0.999, 0.998], 0), ([1, 1, 0.5], 2), ([1, 0.5, 0.5, 0.499], 1), ([1, 0.9, 0.898, 0.88], 3)],
+    ids=["none", "all for nothing", "a run that prepares", "nothing at the end", "little by little"],
+)
+def test_runs_end_where_the_rest_is_worth_nothing(regrets, kept):
+    picked = [(index, *pair) for index, pair in enumerate(pairwise(regrets))]
+    assert worthwhile(picked) == picked[:kept]
 
 
 @pytest.mark.parametrize(
