@@ -29,8 +29,9 @@ def parser() -> argparse.ArgumentParser:
         usage="fit RUNS ... [--law LAW ...] [--target N=7B,D=1.4T ...] --out DIR",
         description="Read runs, fit the laws of loss and of the best learning rate and batch, and say how far they can "
         "be trusted. Prints tables, and writes laws.json, report.html and plots/*.png.",
-        epilog="Exit codes: 0 done, warnings are shown; 2 bad input, nothing is written; 3 a law or a target that was "
-        "asked for cannot be told from these runs, which is written down. See docs/scaling.md.",
+        epilog="Exit codes: 0 done, warnings are shown; 2 bad input, nothing is written; 3 no law could be fitted, or "
+        "one that was asked for, or a target, cannot be told from these runs; what there is is written. See "
+        "docs/scaling.md.",
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUNS", help="run directories, folders of them, and tables: CSV, JSONL, Parquet")
@@ -205,15 +206,21 @@ def show(analysis: "Analysis") -> None:
 
 
 def untold(analysis: "Analysis", asked: Sequence[str]) -> list[str]:
-    """What was asked for and these runs do not tell: laws that are not identified, targets without a proposal."""
+    """What was asked for and these runs do not tell: laws that have no fit or are not identified, targets without a
+    proposal; and that no law at all has a fit."""
     from scaling.laws import find
 
-    names = {find(each).name for each in asked}
-    found = []
+    names = dict.fromkeys(find(each).name for each in asked)
+    fitted = {fit.law for fit in analysis.fits}
+    said = [each for each in analysis.gates if each.level != "ok"]
+    found = [each.message for each in said if each.code == "no_fit"]
+    found += [f"the law {name}" for name in names if name not in fitted and not any(name in each for each in found)]
     for fit in analysis.fits:
         if fit.law in names and not fit.identified:
-            why = "; ".join(each.message for each in fit.verdicts if each.level == "failure")
-            found.append(f"the law {fit.law}: {why}")
+            failures = "; ".join(each.message for each in fit.verdicts if each.level == "failure")
+            found.append(f"the law {fit.law}: {failures}")
+    if not analysis.fits and not found:
+        found.append("any law, as none has a fit: " + "; ".join(each.message for each in said))
     return found + [f"the target {_told(each.target)}" for each in analysis.decisions if not each.proposal]
 
 

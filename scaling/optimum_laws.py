@@ -7,6 +7,7 @@ import numpy as np
 
 from scaling.laws import LAWS
 from scaling.laws.law import Law
+from scaling.laws.powers import STABLE_LR
 from scaling.loss_laws import fit_rows
 from scaling.optima import find_bowls, fit_optima, fit_stability
 from scaling.optima.cells import inputs
@@ -28,9 +29,8 @@ FEWEST = 4
 @dataclass(frozen=True)
 class OptimumLaws:
     fits: tuple[Fit, ...] = ()
-    """The chosen one of lr first, then of batch_tokens, and the others."""
+    """The chosen one of lr first, then of batch_tokens, and the others; those of the largest stable rate last."""
     bowls: tuple[Bowl, ...] = ()
-    stability: Fit | None = None
     held_out: tuple[HeldOut, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
 
@@ -42,7 +42,7 @@ def find_optima(
     by other windows and methods. ValueError for a law that is asked for and whose columns are not there; what cannot be
     told otherwise is said in a verdict."""
     bowls: tuple[Bowl, ...] = ()
-    if table.has(size) and table.has("tokens") and (table.has("lr") or table.has("batch_tokens")):
+    if all(map(table.has, (size, "tokens", "loss"))) and (table.has("lr") or table.has("batch_tokens")):
         bowls = tuple(each for each in find_bowls(table, size) if each.lr or each.batch_tokens)
     fits: list[Fit] = []
     held_out: list[HeldOut] = []
@@ -63,8 +63,36 @@ def find_optima(
             fit_optima(table if checks and not place else bowls, name, size=size, replicates=replicates, seed=seed)
             for place, name in enumerate(ranked)
         ]
-    stability = fit_stability(table, size, seed=seed) if bowls and table.has("lr") else None
-    return OptimumLaws((*fits, *([stability] if stability else [])), bowls, stability, tuple(held_out), tuple(said))
+    stable, untold = _stable(table, size, asked, bool(bowls), seed)
+    return OptimumLaws((*fits, *stable), bowls, tuple(held_out), (*said, *untold))
+
+
+def _stable(
+    table: RunTable, size: str, asked: Sequence[Law], is_swept: bool, seed: int
+) -> tuple[list[Fit], list[Verdict]]:
+    """The laws of the largest stable rate: those asked for, or of a sweep with diverged runs the default one; and why
+    one has no fit. ValueError for a law that is asked for and whose columns are not there."""
+    wanted = [law for law in asked if law.quantity == STABLE_LR.quantity]
+    if wanted and not table.has("lr"):
+        raise ValueError(f"law {wanted[0].name!r} needs lr, which these runs do not tell")
+    if not wanted and not (is_swept and table.has("lr")):
+        return [], []
+    fits: list[Fit] = []
+    said: list[Verdict] = []
+    for law in wanted or [STABLE_LR]:
+        try:
+            found = fit_stability(table, size, law=law, seed=seed)
+        except ValueError as error:
+            if wanted:
+                raise
+            said.append(Verdict("ok", "no_candidate", f"{law.name} is not considered: {error}"))
+            continue
+        if found is not None:
+            fits.append(found)
+        elif wanted:
+            message = f"the law {law.name}: of the runs that tell a rate none diverged, or all did"
+            said.append(Verdict("warning", "no_fit", message))
+    return fits, said
 
 
 def _few(quantity: str, count: int) -> Verdict:

@@ -138,6 +138,44 @@ def test_a_law_that_is_not_identified_has_code_3_and_its_report(tmp_path, capsys
     assert not laws_file.read(tmp_path / "out" / "laws.json").best("loss").identified
 
 
+def swept(path: Path, diverged: bool = True) -> Path:
+    """Four cells over six rates, of which the highest diverged."""
+    cells = [(size, data, lr) for size in (1e8, 4e8) for data in (2e9, 8e9) for lr in np.geomspace(1e-3, 3.2e-2, 6)]
+    frame = pd.DataFrame(cells, columns=["params", "tokens", "lr"]).assign(batch_tokens=1e6)
+    at = np.log(frame["lr"] / 0.006 * (frame["params"] / 1e8) ** 0.5)
+    loss = (1.7 + 400 * frame["params"] ** -0.34 + 410 * frame["tokens"] ** -0.28) * np.exp(0.01 * at**2)
+    frame["loss"] = loss.where((at < 1.2) | (not diverged), np.nan)
+    frame["status"] = np.where(frame["loss"].isna(), "diverged", "finished")
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("law", ["max_lr = c * N^a", "stable_lr"])
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_law_of_the_stable_rate_is_fitted_or_said_to_be_untold(tmp_path, capsys, law, diverged):
+    code = run(swept(tmp_path / "runs.csv", diverged), "--law", law, "--out", tmp_path / "out")
+    fitted = [each for each in laws_file.read(tmp_path / "out" / "laws.json").fits if each.quantity == "max_lr"]
+    said = [each for each in capsys.readouterr().err.splitlines() if each.startswith("not told by these runs: ")]
+    if diverged:
+        assert code == 0 and [each.law for each in fitted] == [law] and not said
+        assert fitted[0].parameters["a"].high < 0
+    else:
+        assert (
+            code == 3
+            and not fitted
+            and said
+            == [f"not told by these runs: the law {law}: of the runs that tell a rate none diverged, or all did"]
+        )
+
+
+@pytest.mark.parametrize("content", ["1e8,1e9,3\n", ",,3\n,,2.9\n"], ids=["one point", "no size or tokens"])
+def test_where_no_law_has_a_fit_the_code_is_3(tmp_path, capsys, content):
+    (tmp_path / "runs.csv").write_text(HEAD + content)
+    assert run(tmp_path / "runs.csv", "--out", tmp_path / "out") == 3
+    assert "not told by these runs: any law, as none has a fit: " in capsys.readouterr().err
+    assert laws_file.read(tmp_path / "out" / "laws.json").fits == ()
+
+
 def test_a_law_of_the_rate_that_runs_do_not_tell_has_code_3_where_it_was_asked_for(tmp_path, capsys):
     table = write_losses(tmp_path / "runs.csv", lr=np.geomspace(1e-3, 1e-2, 25))
     frame = pd.read_csv(table)  # swept, but in too few cells for the law's three coordinates
@@ -147,7 +185,8 @@ def test_a_law_of_the_rate_that_runs_do_not_tell_has_code_3_where_it_was_asked_f
     assert run(*options, "--law", "step_law_lr") == 3
     said = [each for each in capsys.readouterr().err.splitlines() if each.startswith("not told by these runs: ")]
     assert len(said) == 1 and "the law step_law_lr" in said[0] and "2 cells cannot tell 3 coordinates" in said[0]
-    assert run(*options) == 0
+    assert run(*options) == 3
+    assert "any law, as none has a fit: " in capsys.readouterr().err
 
 
 def test_a_target_too_far_has_code_3_and_with_far_0(tmp_path):
