@@ -18,12 +18,13 @@ from scaling.growth_optima import LEAST_TIMES, growth_optima
 from scaling.inputs import compute
 from scaling.laws import find
 from scaling.laws.law import Law
-from scaling.loss_laws import fit_losses, fit_rows
+from scaling.laws.timescale import TIMESCALE
+from scaling.loss_laws import LossLaws, fit_losses, fit_rows
 from scaling.optimum_laws import find_optima
 from scaling.results import Analysis, Fit, Verdict
 from scaling.table import RunTable
 
-ON_ROWS = ("critical_batch", "timescale")
+ON_ROWS = ("critical_batch", TIMESCALE.quantity)
 """Quantities that each run has a measurement of, in a column of that name."""
 GROWTH = "growth_tokens"
 """Of which runs that grew at different times tell one measurement together."""
@@ -56,21 +57,23 @@ def analyse(
         decisions.check(target)
     asked = [find(each) for each in laws]
     progress("quality gates")
-    used, gates = select(table, loss_kind=loss_kind, pool=tuple(pool))
+    needs_loss = not asked or any(_needs_loss(law) for law in asked)
+    used, gates = select(table, loss_kind=loss_kind, pool=tuple(pool), needs_loss=needs_loss)
     if not used.any():
         reasons = "; ".join(each.message for each in gates if each.level != "ok")
         raise ValueError(f"none of the {len(table)} runs can be fitted: {reasons or 'no finished run has a loss'}")
     sizes = _sizes(table.where(used), size)
-    best = used.copy()
-    best[used] = best_of_cells(table.where(used), sizes[0])
-    progress("laws of loss")
-    losses = fit_losses(table, best, asked, sizes, replicates, seed)
+    best, losses = used.copy(), LossLaws()
+    if table.has("loss"):
+        best[used] = best_of_cells(table.where(used), sizes[0])
+        progress("laws of loss")
+        losses = fit_losses(table, best, asked, sizes, replicates, seed)
     chosen = losses.fits[0].size if losses.fits else sizes[0]
     progress("optima of learning rate and batch")
     optima = find_optima(_with_diverged(table, used), chosen, asked, replicates, seed)
     progress("decisions")
     runs = table.where(used)
-    measured = [fit_rows(runs, law, sizes, replicates, seed) for law in asked if law.quantity in ON_ROWS]
+    measured = [_measured(runs, law, sizes, replicates, seed) for law in asked if law.quantity in ON_ROWS]
     measured += [_growth(table, used, law, chosen, replicates, seed) for law in asked if law.quantity == GROWTH]
     fits = (*losses.fits, *optima.fits, *measured)
     shared = constants(runs)
@@ -92,6 +95,19 @@ def analyse(
         provenance={**provenance, "options": options, "versions": versions(), "fingerprint": table.fingerprint},
         fitted=() if (best == used).all() else tuple(int(each) for each in np.flatnonzero(best)),
     )
+
+
+def _needs_loss(law: Law) -> bool:
+    """Whether a law cannot be fitted without losses. Laws of lr and batch are of the best runs where there are losses,
+    and where there are none each row is an optimum."""
+    return "loss" in law.inputs or law.quantity not in (*ON_ROWS, *AXES)
+
+
+def _measured(runs: RunTable, law: Law, sizes: Sequence[str], replicates: int, seed: int) -> Fit:
+    """A law of a quantity that each run has a measurement of: of a timescale that was swept the best runs'."""
+    if law.quantity == TIMESCALE.quantity and runs.has("loss"):
+        runs = runs.where(best_of_cells(runs, sizes[0], (TIMESCALE.quantity,)))
+    return fit_rows(runs, law, sizes, replicates, seed)
 
 
 def _growth(table: RunTable, used: np.ndarray, law: Law, size: str, replicates: int, seed: int) -> Fit:
@@ -130,13 +146,13 @@ def _with_diverged(table: RunTable, used: np.ndarray) -> RunTable:
     return table.where(used | (table.frame["status"] == DIVERGED).to_numpy())
 
 
-def best_of_cells(runs: RunTable, size: str) -> np.ndarray:
-    """The runs that loss laws are fitted to, (rows,) of bool: of a cell in which lr or batch vary the best one, as a
+def best_of_cells(runs: RunTable, size: str, settings: Sequence[str] = AXES) -> np.ndarray:
+    """The runs that loss laws are fitted to, (rows,) of bool: of a cell in which `settings` vary the best one, as a
     law of loss is of tuned runs; of any other cell all, as they are repetitions."""
-    settings = [levels(runs.numbers(name)) for name in AXES if runs.has(name)]
+    tuned = [levels(runs.numbers(name)) for name in settings if runs.has(name)]
     kept, loss = np.ones(len(runs), dtype=bool), runs.numbers("loss")
     for rows in cells_of(runs, size, tuned=True):
-        if any(len(set(each[rows])) > 1 for each in settings):
+        if any(len(set(each[rows])) > 1 for each in tuned):
             kept[rows] = False
             kept[rows[np.argmin(loss[rows])]] = True
     return kept
@@ -158,7 +174,7 @@ def _frontier(runs: RunTable, losses: Sequence[Fit], replicates: int, seed: int)
     """The compute-optimal N and D by all approaches that these runs allow, as JSON."""
     size = losses[0].size if losses else next((name for name in SIZES if runs.has(name)), None)
     found = {"law": frontier.of_law(losses[0]) if losses else None}
-    if size is not None and runs.has("tokens"):
+    if size is not None and runs.has("tokens") and runs.has("loss"):
         columns = [compute(runs, size), runs.numbers(size), runs.numbers("tokens"), runs.numbers("loss")]
         known = np.all([np.isfinite(each) & (each > 0) for each in columns], axis=0)
         columns = [each[known] for each in columns]

@@ -159,6 +159,14 @@ COLUMNS = (
     Column("data", "name or fingerprint of the data mixture", "text",
            ("datamix", "datamixture", "mixture", "dataset", "datasetname", "corpus", "trainset", "datapath",
             "trainingdata", "traindata")),
+    Column(
+        "critical_batch", "measured critical batch, in tokens",
+        aliases=("criticalbatchsize", "criticalbatchtokens", "critbatch", "critbatchsize", "cbs", "bcrit"), least=1,
+    ),
+    Column(
+        "timescale", "of weight decay, batch_tokens / (lr weight_decay tokens), as a share of the training",
+        aliases=("weightdecaytimescale", "wdtimescale", "adamwtimescale", "ematimescale", "tauepoch", "tauema"),
+    ),
     Column("loss", "at the end, nats for each token unless `loss_kind` says otherwise"),
     Column(
         "loss_error", "standard error of the loss",

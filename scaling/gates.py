@@ -28,14 +28,14 @@ SHOWN = 6
 
 
 def select(
-    table: RunTable, *, loss_kind: str | None = None, pool: Sequence[str] = ()
+    table: RunTable, *, loss_kind: str | None = None, pool: Sequence[str] = (), needs_loss: bool = True
 ) -> tuple[np.ndarray, tuple[Verdict, ...]]:
     """The rows that may be fitted together, (rows,) of bool, and verdicts with counts on what was left out or is odd.
 
     Left out are runs that did not finish, duplicates, losses, tokens and parameters that are not finite and positive,
     and runs that differ from the largest group in tokenizer, data or loss kind; `pool` names those of the three that
     may differ. `loss_kind` takes the runs with this kind of loss alone. ValueError for a name or a kind that is not
-    there.
+    there, and, where `needs_loss`, for a table without losses.
     """
     for name in pool:
         if name not in POOLED:
@@ -49,14 +49,15 @@ def select(
             kept[which] = False
             verdicts.append(Verdict("warning", code, f"{int(which.sum())} {what}"))
 
-    if not table.has("loss"):
+    if needs_loss and not table.has("loss"):
         raise ValueError(_no_loss(table))
     statuses = _texts(table, "status", FINISHED)
     for status in sorted(set(statuses) - {FINISHED}):
         leave_out(statuses == status, str(status), f"of {len(table)} runs left out: {status}")
-    loss = table.numbers("loss")
-    leave_out(~np.isfinite(loss), "no-loss", "runs left out: no finite loss")
-    leave_out(~(loss > 0), "non-positive", "runs left out: a loss of zero or below is no cross-entropy")
+    if table.has("loss"):
+        loss = table.numbers("loss")
+        leave_out(~np.isfinite(loss), "no-loss", "runs left out: no finite loss")
+        leave_out(~(loss > 0), "non-positive", "runs left out: a loss of zero or below is no cross-entropy")
     for name in ("tokens", *SIZES):
         if table.has(name):
             values = table.numbers(name)

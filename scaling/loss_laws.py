@@ -8,7 +8,7 @@ import numpy as np
 from scaling.candidates import find_candidates, with_defaults
 from scaling.clusters import clusters_of
 from scaling.fitting import fit
-from scaling.inputs import of_rows
+from scaling.inputs import compute, of_rows
 from scaling.laws import LAWS, find
 from scaling.laws.law import Law
 from scaling.results import Fit, HeldOut, Verdict
@@ -149,6 +149,7 @@ def fit_rows(runs: RunTable, law: Law, sizes: Sequence[str], replicates: int, se
     if not kept.any():
         raise ValueError(f"law {law.name!r} needs {', '.join(columns)}; no run tells all of them")
     here = runs.where(kept)
+    flops = compute(here, size)
     found = fit(
         law,
         {symbol: values[kept] for symbol, values in x.items()},
@@ -157,6 +158,7 @@ def fit_rows(runs: RunTable, law: Law, sizes: Sequence[str], replicates: int, se
         clusters=clusters_of(here),
         replicates=replicates,
         seed=seed,
+        flops=flops if np.isfinite(flops).all() else None,
     )
     left = int((~kept).sum())
     said = Verdict("warning", "left_out", f"{left} of {len(runs)} rows do not tell {', '.join(columns)}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from scaling.cells import cells_of
 from scaling.laws import LAWS
 from scaling.laws.law import Law
 from scaling.laws.powers import STABLE_LR
@@ -22,6 +23,8 @@ DEFAULTS = {
 """Laws that are tried where none is asked for; the one that is taken in a tie is first."""
 LARGEST = 0.3
 """Share of the cells that are held out at the end of compute."""
+MOST_APART = 4.0
+"""Times the lowest, of optima of one cell that are told without losses, as several sweeps of it may find them."""
 FEWEST = 4
 """Cells that a law of the optimum is tried on."""
 
@@ -105,9 +108,28 @@ def _asked(table: RunTable, law: Law, size: str, bowls: Sequence[Bowl], replicat
     of tuned runs."""
     if any(getattr(each, law.quantity) is not None for each in bowls):
         return fit_optima(table, law, size=size, replicates=replicates, seed=seed)
+    if table.has("loss"):
+        message = f"{law.quantity} does not vary between runs that are otherwise equal: each is taken to be at its best"
+        said = Verdict("warning", "taken_for_best", message)
+    else:
+        _check_optima(table, law, size)
+        said = Verdict("ok", "taken_for_best", "the table has no losses: each row is taken for an optimum")
     found = fit_rows(table, law, (size,), replicates, seed)
-    message = f"{law.quantity} does not vary between runs that are otherwise equal: each run is taken to be at its best"
-    return replace(found, verdicts=(*found.verdicts, Verdict("warning", "taken_for_best", message)))
+    return replace(found, verdicts=(*found.verdicts, said))
+
+
+def _check_optima(table: RunTable, law: Law, size: str) -> None:
+    """ValueError where rows without losses are no optima: then they differ little within a cell."""
+    if not table.has(law.quantity):
+        return
+    values = table.numbers(law.quantity)
+    for rows in cells_of(table, size):
+        low, high = np.nanmin(values[rows], initial=np.inf), np.nanmax(values[rows], initial=0.0)
+        if high > MOST_APART * low:
+            raise ValueError(
+                f"law {law.name!r}: rows that are equal otherwise have {law.quantity} from {low:.4g} to {high:.4g}, "
+                "and no loss says which is best; name its column with columns loss=NAME, or keep the best rows alone"
+            )
 
 
 def _ranked(bowls: Sequence[Bowl], quantity: str, size: str) -> tuple[list[str], list[HeldOut]]:

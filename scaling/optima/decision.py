@@ -9,6 +9,7 @@ from scaling.cells import AXES
 from scaling.laws import find
 from scaling.optima.plateau import curvature_at, plateau
 from scaling.optima.regret import expected_regret
+from scaling.proposal import extrapolation
 from scaling.results import Bowl, Decision, Estimate, Fit, Plateau, Verdict
 from scaling.table import column_of
 
@@ -73,7 +74,7 @@ def decide(
             excess += at_batch
             regret = (0.0 if np.isnan(regret) else regret) + expected_regret(off[1:], bend)
             verdicts += _off_batch(middle["batch_tokens"], plateau(best_batch[0], bend[0, 0], cost), at_batch)
-    beyond = known["C"] / max(each.spans["C"][1] for each in used) if "C" in known else float("nan")
+    beyond = extrapolation(used, known.get("C", float("nan")))
     verdicts = (*_extrapolated(beyond, far), *_outside(known, used), *_identified(used), *verdicts)
     return Decision(dict(target), proposal, flat, regret, beyond, verdicts, excess)
 

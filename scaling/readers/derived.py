@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from scaling.columns import normalised
+from scaling.laws.timescale import timescale
 from scaling.readers.amounts import numbers, typical
 from scaling.readers.mapping import RATIOS, SIZES, Mapped
 
@@ -91,6 +92,8 @@ def complete(frame: pd.DataFrame, mapping: dict[str, str]) -> pd.DataFrame:
         fill("steps", known("tokens") / known("batch_tokens"), "tokens / batch_tokens")
         fill("flops", known("flops_per_token") * known("tokens"), "flops_per_token * tokens")
         fill("flops", 6 * _size(frame, ("active", "total", "non_embedding")) * known("tokens"), "6 N D")
+        decayed = timescale(known("batch_tokens"), known("lr"), known("weight_decay"), known("tokens"))
+        fill("timescale", decayed, "batch_tokens / (lr * weight_decay * tokens)")
         for name in frame.columns:
             if (
                 normalised(str(name)) in ("epochs", "numepochs", "nepochs", "repeats")

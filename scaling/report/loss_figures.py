@@ -210,7 +210,7 @@ def _density(axis: Axes, values: np.ndarray) -> None:
     """A histogram of the middle of the values, as one filled line."""
     low, high = np.nanquantile(values, (0.005, 0.995))
     axis.set_yticks([])
-    if not low < high:
+    if not high - low > 1e-9 * max(abs(low), abs(high)):  # hardly more than rounding
         axis.set_xticks([float(low)], [number(float(low), 3)])
         return
     counts, edges = np.histogram(values[(values >= low) & (values <= high)], 24)

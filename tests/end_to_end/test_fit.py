@@ -138,6 +138,84 @@ def test_a_law_that_is_not_identified_has_code_3_and_its_report(tmp_path, capsys
     assert not laws_file.read(tmp_path / "out" / "laws.json").best("loss").identified
 
 
+def write_optima(path: Path, **columns) -> Path:
+    """A table of 30 optima, or other measurements, without losses; columns are functions of N and D."""
+    size, data = (each.ravel() for each in np.meshgrid(np.geomspace(5e7, 2e9, 6), np.geomspace(1e9, 1e11, 5)))
+    frame = pd.DataFrame({"N": size, "D": data} | {name: of(size, data) for name, of in columns.items()})
+    noise = np.exp(0.02 * np.random.default_rng(3).standard_normal((len(frame), len(columns))))
+    frame[list(columns)] *= noise
+    frame.to_csv(path, index=False)
+    return path
+
+
+RATE = {"lr": lambda n, d: 1.8 * n**-0.7 * d**0.3, "batch_tokens": lambda n, d: 0.6 * d**0.57}
+MEASURED = {
+    "rate": (RATE, "step_law_lr", {"a": -0.7, "b": 0.3}),
+    "batch": (RATE, "step_law_batch", {"b": 0.57}),
+    "critical batch": ({"CBS": lambda n, d: 20 * d**0.46}, "critical_batch_data", {"b": 0.46}),
+    "timescale": ({"tau_epoch": lambda n, d: 1.08 * (d / n) ** -0.5}, "weight_decay_timescale", {"b": -0.5}),
+    "timescale of its parts": (
+        RATE | {"weight_decay": lambda n, d: 1 / 3 * (d / n) ** 0.5 * d**-0.73 * n**0.7},
+        "weight_decay_timescale",
+        {"b": -0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_optima_and_measurements_need_no_losses(tmp_path, case):
+    columns, law, truth = MEASURED[case]
+    assert run(write_optima(tmp_path / "runs.csv", **columns), "--law", law, "--out", tmp_path / "out") == 0
+    (found,) = laws_file.read(tmp_path / "out" / "laws.json").fits
+    assert found.law == law and found.rows == 30
+    for name, value in truth.items():
+        assert found.parameters[name].value == pytest.approx(value, abs=0.02)
+
+
+def test_the_critical_batch_is_a_law_of_measured_losses_too(tmp_path):
+    columns = {
+        "loss": lambda n, d: 1.7 + 4e4 * n**-0.5,
+        "b_crit": lambda n, d: 2e8 * (1.7 + 4e4 * n**-0.5) ** (-1 / 0.21),
+    }
+    table = write_optima(tmp_path / "runs.csv", **columns)
+    assert run(table, "--law", "critical_batch_loss", "--out", tmp_path / "out") == 0
+    found = laws_file.read(tmp_path / "out" / "laws.json").best("critical_batch")
+    assert found.parameters["alpha"].low < 0.21 < found.parameters["alpha"].high
+
+
+def test_a_law_of_a_swept_timescale_is_of_the_best_runs(tmp_path):
+    table = write_optima(tmp_path / "runs.csv", **RATE)
+    at = np.tile(np.geomspace(0.25, 4, 5), 30)
+    frame = pd.read_csv(table).loc[np.repeat(np.arange(30), 5)].reset_index(drop=True)
+    frame["tau"] = at * 1.08 * (frame["D"] / frame["N"]) ** -0.5
+    frame["weight_decay"] = frame["batch_tokens"] / (frame["lr"] * frame["D"] * frame.pop("tau"))
+    frame["loss"] = (1.7 + 400 * frame["N"] ** -0.34 + 410 * frame["D"] ** -0.28) * (1 + 0.01 * np.log(at) ** 2)
+    frame.to_csv(table, index=False)
+    assert run(table, "--law", "weight_decay_timescale", "--out", tmp_path / "out") == 0
+    found = laws_file.read(tmp_path / "out" / "laws.json").best("timescale")
+    assert found.rows == 30 and found.parameters["c"].value == pytest.approx(1.08, rel=1e-3)
+    assert found.parameters["b"].value == pytest.approx(-0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("law", "words"),
+    [([], "the table has no loss"), (["--law", "chinchilla"], "the table has no loss"),
+     (["--law", "critical_batch_loss"], "the table has no loss"), (["--law", "step_law_lr"], "no loss says which is")],
+)  # fmt: skip
+def test_rows_without_losses_that_are_no_optima_have_code_2(tmp_path, capsys, law, words):
+    frame = pd.read_csv(write_optima(tmp_path / "runs.csv", **RATE))
+    pd.concat([frame, frame.assign(lr=8 * frame["lr"])]).to_csv(tmp_path / "runs.csv", index=False)
+    assert run(tmp_path / "runs.csv", *law, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_sweep_of_rates_with_batches_unknown_is_fitted_though_runs_diverged(tmp_path):
+    frame = pd.read_csv(swept(tmp_path / "runs.csv"))
+    frame.drop(columns="batch_tokens").to_csv(tmp_path / "runs.csv", index=False)
+    assert run(tmp_path / "runs.csv", "--law", "step_law_lr", "--out", tmp_path / "out") in (0, 3)
+    assert laws_file.read(tmp_path / "out" / "laws.json").best("lr") is not None
+
+
 def swept(path: Path, diverged: bool = True) -> Path:
     """Four cells over six rates, of which the highest diverged."""
     cells = [(size, data, lr) for size in (1e8, 4e8) for data in (2e9, 8e9) for lr in np.geomspace(1e-3, 3.2e-2, 6)]
