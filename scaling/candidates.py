@@ -96,7 +96,7 @@ def same_size(one: Candidate, other: Candidate) -> bool:
 def _candidate(law: Law, table: RunTable, size: str) -> Candidate | str:
     """The law for all rows of a table, or why it cannot be fitted to them."""
     x = with_defaults(table, size)
-    for symbol in law.inputs:
+    for symbol in (*law.inputs, *law.alike):
         if not np.isfinite(x[symbol]).all():
             return f"{column_of(symbol, size)} is known for {int(np.isfinite(x[symbol]).sum())} of {len(table)} rows"
     varying = {"N": len(set(levels(x["N"]))), "D": len(set(levels(x["D"]))) if np.isfinite(x["D"]).all() else 1}

@@ -15,7 +15,7 @@ from scaling.fitting.starts import draw
 from scaling.laws import find
 from scaling.results import HeldOut
 
-LARGEST_COMPUTE, LARGEST_SIZE = "largest compute", "largest N"
+LARGEST_COMPUTE = "largest compute"
 SHARE = 0.15
 """Of the rows that are held out at the end of compute, at least."""
 TESTED = 3
@@ -48,11 +48,11 @@ class Split:
     """The tested runs lie beyond the trained ones, as the runs do that a law is asked for."""
 
 
-def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
+def make_splits(compute: np.ndarray, size: np.ndarray, symbol: str = "N") -> tuple[Split, ...]:
     """Hold-outs of rows, (n,) each: the largest compute, the largest N, from smaller to the next larger N, and each N.
 
-    Where C is not known, (n,) of NaN, that one is left out. A split needs half of the rows, and three sizes, to train
-    on; of two with the same rows the first is kept.
+    `size` is what `symbol` says: tokens, where N is one. Where C is not known, (n,) of NaN, that one is left out. A
+    split needs half of the rows, and three sizes, to train on; of two with the same rows the first is kept.
     """
     level = levels(size)
     fold = level if level.max() < FOLDS else np.unique(_folds(level), return_inverse=True)[1]
@@ -61,13 +61,13 @@ def make_splits(compute: np.ndarray, size: np.ndarray) -> tuple[Split, ...]:
         test = _last(levels(compute), int(SHARE * len(size)))
         splits.append(Split(LARGEST_COMPUTE, ~test, test))
     test = _last(level, TESTED)
-    splits.append(Split(LARGEST_SIZE, ~test, test))
+    splits.append(Split(f"largest {symbol}", ~test, test))
     for number in range(1, fold.max() + 1):
         before, rows = fold < number, fold == number
-        splits.append(Split(f"up to N = {size[before].max():.3g}", before, rows))
+        splits.append(Split(f"up to {symbol} = {size[before].max():.3g}", before, rows))
     for number in range(fold.max() + 1 if len(size) <= MANY else 0):
         rows = fold == number
-        splits.append(Split(f"without N = {_range(size[rows])}", ~rows, rows, extrapolates=False))
+        splits.append(Split(f"without {symbol} = {_range(size[rows])}", ~rows, rows, extrapolates=False))
     possible: list[Split] = []
     for split in splits:
         enough = split.train.sum() >= max(6, len(size) / 2) and len(set(level[split.train])) >= 3

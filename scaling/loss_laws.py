@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling.candidates import find_candidates, with_defaults
+from scaling.cells import levels
 from scaling.clusters import clusters_of
 from scaling.fitting import fit
 from scaling.inputs import compute, of_rows
@@ -116,7 +117,7 @@ def _ordered(choice: Choice | None, head: tuple[str, str] | None) -> tuple[HeldO
 def _fit(runs: RunTable, pick: _Pick, replicates: int, seed: int, starts: int = 200) -> Fit:
     x = with_defaults(runs, pick.size)
     law = find(pick.law)
-    return fit(
+    found = fit(
         law,
         {symbol: x[symbol] for symbol in law.inputs},
         runs.numbers("loss"),
@@ -128,6 +129,23 @@ def _fit(runs: RunTable, pick: _Pick, replicates: int, seed: int, starts: int = 
         fixed=pick.fixed,
         flops=x["C"] if np.isfinite(x["C"]).all() else None,
     )
+    return _with_alike(found, law, runs)
+
+
+def _with_alike(found: Fit, law: Law, runs: RunTable) -> Fit:
+    """The fit with what its runs have equal, which it holds at alone. ValueError where they have it not."""
+    at = {}
+    for symbol, values in of_rows(runs, law.alike, found.size).items():
+        column = column_of(symbol, found.size)
+        if not (levels(values) == 0).all():
+            raise ValueError(f"law {law.name!r} is of runs of equal {column}, and these differ or do not tell it")
+        at[symbol] = float(np.median(values))
+    if not at:
+        return found
+    told = " and ".join(f"{column_of(symbol, found.size)} = {value:.4g}" for symbol, value in at.items())
+    message = f"all runs have {told}: what these cost is a part of {law.floor}, and no loss is predicted at others"
+    verdict = Verdict("warning", "alike", message)
+    return replace(found, verdicts=(*found.verdicts, verdict), details={**found.details, "alike": at})
 
 
 def fit_rows(runs: RunTable, law: Law, sizes: Sequence[str], replicates: int, seed: int) -> Fit:
@@ -160,6 +178,7 @@ def fit_rows(runs: RunTable, law: Law, sizes: Sequence[str], replicates: int, se
         seed=seed,
         flops=flops if np.isfinite(flops).all() else None,
     )
+    found = _with_alike(found, law, here)
     left = int((~kept).sum())
     said = Verdict("warning", "left_out", f"{left} of {len(runs)} rows do not tell {', '.join(columns)}")
     return replace(found, verdicts=(*found.verdicts, said)) if left else found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scaling.cells import SAME
 from scaling.laws import find
 from scaling.laws.law import Inputs
 from scaling.results import Estimate, Fit, Plateau, Verdict
@@ -162,7 +163,13 @@ def loss_at(fit: Fit, known: Mapping[str, float], excess: float) -> Estimate:
 
 
 def inputs_of(fit: Fit, known: Mapping[str, float]) -> Inputs:
-    """The inputs of a law by symbol, (1,) each. ValueError for one that is not known."""
+    """The inputs of a law by symbol, (1,) each. ValueError for one that is not known, and for a run that differs in
+    what all runs of the law have equal."""
+    for symbol, value in fit.details.get("alike", {}).items():
+        column = column_of(symbol, fit.size)
+        given = known.get(column, np.nan)
+        if not abs(np.log(given / value)) <= np.log1p(SAME):
+            raise ValueError(f"law {fit.law!r} is of runs with {column} = {value:.4g}, and here it is {given:.4g}")
     found = {}
     for symbol in find(fit.law).inputs:
         column = column_of(symbol, fit.size)

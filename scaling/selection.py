@@ -7,6 +7,7 @@ import numpy as np
 from scipy.stats import chi2
 
 from scaling.candidates import SIZES, Candidate, find_candidates, with_defaults
+from scaling.cells import levels
 from scaling.clusters import clusters_of, standard_error
 from scaling.fitting.levenberg import minimise
 from scaling.fitting.objective import Huber, spread
@@ -77,10 +78,10 @@ def choose(
     rows, candidates, verdicts = find_candidates(table, used, laws=laws, sizes=sizes)
     kept = table.where(rows)
     y, x = kept.numbers("loss"), with_defaults(kept, candidates[0].size)
-    splits = make_splits(x["C"], x["N"])
+    splits = make_splits(x["C"], x["N"]) if np.ptp(levels(x["N"])) else make_splits(x["C"], x["D"], "D")
     if not splits:
         raise ValueError(
-            f"{len(y)} runs of {len(set(x['N']))} sizes are too few to hold any out; at least 4 are needed"
+            f"{len(y)} runs of {len(set(levels(x['N'])))} sizes are too few to hold any out; at least 4 are needed"
         )
     counted = [each for each in splits if each.extrapolates] or splits
     counting, clusters = [each.name for each in counted], clusters_of(kept)

@@ -9,6 +9,7 @@ from scaling.laws.joint import Joint
 from scaling.laws.kaplan import Kaplan
 from scaling.laws.kaplan_lr import KaplanLr
 from scaling.laws.law import Law
+from scaling.laws.one_input import DataOnly, SizeOnly
 from scaling.laws.over_training import OverTraining
 from scaling.laws.parscale import ParScale, ParScaleTokens
 from scaling.laws.powers import (
@@ -44,6 +45,8 @@ LAWS: dict[str, Law] = {
         Chinchilla(),
         ChinchillaTied(),
         Kaplan(),
+        SizeOnly(),
+        DataOnly(),
         OverTraining(),
         DataConstrained(),
         Farseer(),

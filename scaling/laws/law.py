@@ -67,6 +67,8 @@ class Law(ABC):
     """The parameter that is the irreducible loss, if there is one."""
     zeros: tuple[str, ...] = ()
     """Inputs that may be 0."""
+    alike: tuple[str, ...] = ()
+    """What is no input, but has to be equal in all runs that the law is fitted to or told of."""
 
     @abstractmethod
     def evaluate(self, coordinates: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:

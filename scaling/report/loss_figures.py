@@ -37,7 +37,7 @@ def losses(analysis: Analysis) -> Figure | None:
         place = places[np.argmin(np.abs(sizes[known] - size))]
         _curve(axis, fit, table.where(np.abs(np.log(sizes / size)) < 0.2), size, colors(place))
     _targets(axis, analysis, fit)
-    if {"N", "D"} >= set(find(fit.law).inputs):
+    if {"N", "D"} == set(find(fit.law).inputs):
         _frontier(axis, fit, flops[known])
     axis.set_yscale("log")
     logarithmic(axis, "x", "flops")

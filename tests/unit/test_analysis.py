@@ -7,6 +7,7 @@ import pytest
 from scaling import decisions
 from scaling.analysis import analyse, best_of_cells, constants
 from scaling.clusters import clusters_of
+from scaling.laws import find
 from scaling.results import Analysis
 from scaling.table import RunTable, tidy
 from tests import analyses
@@ -119,6 +120,38 @@ def test_tokens_that_follow_parameters_leave_the_law_unidentified():
     frame = table.frame.assign(tokens=20 * table.frame["total"])
     found = analyse(RunTable(tidy(frame)), laws=["chinchilla"], replicates=20)
     assert not found.best("loss").identified
+
+
+ALIKE = {
+    "size_only": ({"total": np.geomspace(1e7, 3e9, 12), "tokens": 1e10}, {"alpha": 0.34, "E": 1.7 + 410 * 1e10**-0.28}),
+    "data_only": ({"total": 1e8, "tokens": np.geomspace(1e9, 3e11, 12)}, {"beta": 0.28, "E": 1.7 + 400 * 1e8**-0.34}),
+}
+
+
+@pytest.mark.parametrize("law", ALIKE)
+def test_where_only_one_of_size_and_data_varies_the_other_is_in_the_floor(law):
+    columns, truth = ALIKE[law]
+    frame = pd.DataFrame(columns)
+    noise = np.exp(5e-4 * np.random.default_rng(0).standard_normal(len(frame)))
+    loss = (1.7 + 400 * frame["total"] ** -0.34 + 410 * frame["tokens"] ** -0.28) * noise
+    size, tokens = float(frame["total"].max()), float(frame["tokens"].max())
+    targets = [{"N": size, "D": tokens}, {"N": size / 2, "D": tokens / 2}, {"C": 6 * size * tokens}]
+    found = analyse(RunTable(tidy(frame.assign(loss=loss))), targets=targets, replicates=60)
+    fit = found.fits[0]
+    assert fit.law == law and fit.identified and f"largest {find(law).inputs[0]}" in {h.split for h in found.held_out}
+    assert [each.code for each in fit.verdicts if each.level == "warning"] == ["alike"]
+    for name, value in truth.items():
+        assert fit.parameters[name].low <= value <= fit.parameters[name].high
+    assert found.decisions[0].proposal["loss"].value == pytest.approx(loss.min(), rel=5e-3)
+    other, split = found.decisions[1:]
+    assert "loss" not in other.proposal and "not_told" in {each.code for each in other.verdicts}
+    assert not split.proposal
+
+
+@pytest.mark.parametrize(("law", "column"), [("size_only", "tokens"), ("data_only", "total")])
+def test_a_law_of_one_input_is_refused_where_the_other_varies_too(law, column):
+    with pytest.raises(ValueError, match=f"law '{law}' is of runs of equal {column}"):
+        analyse(losses(), laws=[law], replicates=0)
 
 
 def test_one_run_gives_an_analysis_without_laws():

@@ -11,7 +11,7 @@ from scaling.laws.nesting import NESTINGS, same_as
 
 OWN = [
     "over_training", "data_constrained", "farseer", "parscale", "parscale_tokens", "recurrence", "reuse", "reuse_sizes",
-    "joint", "growth_timing",
+    "joint", "growth_timing", "size_only", "data_only",
 ]  # fmt: skip
 CHINCHILLA = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 

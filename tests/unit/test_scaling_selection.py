@@ -10,7 +10,7 @@ from scaling.candidates import Candidate, find_candidates
 from scaling.clusters import standard_error
 from scaling.fitting.levenberg import minimise
 from scaling.fitting.objective import Huber
-from scaling.holdout import LARGEST_COMPUTE, LARGEST_SIZE, Split, make_splits, measures, solve
+from scaling.holdout import LARGEST_COMPUTE, Split, make_splits, measures, solve
 from scaling.laws import find
 from scaling.laws.data_constrained import ENDLESS
 from scaling.laws.farseer import PUBLISHED, from_published
@@ -98,7 +98,7 @@ def test_no_law_at_all_is_an_error_that_says_why():
 def test_runs_are_held_out_at_the_ends_and_amid():
     frame = ladder()
     splits = {each.name: each for each in make_splits(frame["flops"].to_numpy(), frame["non_embedding"].to_numpy())}
-    largest = splits[LARGEST_SIZE]
+    largest = splits["largest N"]
     assert largest.test.sum() == 6 and frame["non_embedding"][largest.test].min() == frame["non_embedding"].max()
     compute = splits[LARGEST_COMPUTE]
     assert compute.test.sum() >= 5 and frame["flops"][compute.test].min() > frame["flops"][compute.train].max()
@@ -177,7 +177,7 @@ def test_rows_of_one_run_are_one_measurement_of_a_hold_out():
         return {each.split: each for each in found.held_out if each.law == "kaplan"}
 
     for split, own in errors(together).items():
-        if split == LARGEST_SIZE:  # one run, of which no scatter between runs is known
+        if split == "largest N":  # one run, of which no scatter between runs is known
             assert own.error_se == pytest.approx(own.error)
     values = np.array([1.0, 1.2, 3.0, 3.2, 2.0, 2.2])
     alone, twice = standard_error(values[::2], np.arange(3)), standard_error(values.repeat(2), np.arange(6).repeat(2))
@@ -220,7 +220,7 @@ def test_the_law_of_the_truth_is_chosen_over_simpler_and_richer_ones():
     naive = {each.law: each.error for each in found.ranked if each.is_baseline}
     assert {"last scale", "power of C"} <= set(naive)
     assert found.ranked[0].error < 0.3 * min(naive.values())
-    largest = next(h for h in found.held_out if h.law == "parscale_tokens" and h.split == LARGEST_SIZE)
+    largest = next(h for h in found.held_out if h.law == "parscale_tokens" and h.split == "largest N")
     assert largest.tested == 6 and largest.trained == 30 and largest.coverage > 0.6
 
 
@@ -247,7 +247,7 @@ def test_farseer_is_chosen_on_its_runs_by_the_largest_size_held_out():
     frame["loss_kind"] = "bits per character"
     found = chosen(frame, laws=["chinchilla", "chinchilla_tied", "farseer"])
     assert found.law == "farseer"
-    errors = {each.law: each.error for each in found.held_out if each.split == LARGEST_SIZE}
+    errors = {each.law: each.error for each in found.held_out if each.split == "largest N"}
     assert errors["farseer"] < 0.0044 and errors["farseer"] < 0.5 * errors["chinchilla"]
     scores = {each.law: each.error for each in found.ranked}
     assert scores["farseer"] < 0.5 * scores["chinchilla"]
