@@ -171,8 +171,23 @@ def told(record: Mapping[str, Any]) -> list[str]:
             interval = "95 % interval {:.4g} to {:.4g}".format(*each["interval"]) + unit
         lines.append(f"{key} = {each['value']:g} by {record['source']}: {each['exact']:.4g}{unit}, {interval}")
         lines.append(f"  {each['formula']} with {constants}; {each['publication']}")
-        lines += [f"  {warning}" for warning in each["warnings"]]
-    return lines
+    warnings = dict.fromkeys(warning for each in record["values"].values() for warning in each["warnings"])
+    return lines + [f"warning: {each}" for each in warnings]
+
+
+def unlike(fit: Fit, config: Config) -> list[str]:
+    """In what a run is not as those were that a published law is of."""
+    if not fit.details.get("published"):
+        return []
+    found, kind = [], config.model.parametrization.kind
+    if (config.optim.name, kind) != ("adamw", "standard"):
+        found.append(
+            "the law was measured with Adam under standard parametrisation, and this is "
+            f"{config.optim.name} under {kind}"
+        )
+    if config.model.experts.count:
+        found.append(f"the law was measured on dense models, and this one has {config.model.experts.count} experts")
+    return found
 
 
 def _value(
@@ -205,11 +220,7 @@ def _value(
             warnings.append(f"the mesh carries {value:,} sequences, and the law says {estimate.value:,.0f} tokens")
     else:
         value = round_rate(estimate.value)
-    if fit.details.get("published") and (config.optim.name, config.model.parametrization.kind) != ("adamw", "standard"):
-        warnings.append(
-            f"the law was measured with Adam under standard parametrisation, and this is {config.optim.name} under "
-            f"{config.model.parametrization.kind}"
-        )
+    warnings += unlike(fit, config)
     return {
         "value": value,
         "exact": estimate.value,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from launch.auto import Laws, columns_of, round_batch, round_rate
+from launch.auto import Laws, columns_of, round_batch, round_rate, unlike
 from launch.config import read, validated
 from launch.growth_config import RunConfiguration
 from launch.shapes import Family
@@ -201,6 +201,9 @@ def _shaped(
     raw["schedule"]["horizon"] = whole_steps(tokens, batch_tokens)
     if "lr" in fits:
         raw["optim"]["lr"] = round_rate(decision.proposal["lr"].value)
+    unalike = dict.fromkeys(said for fit in fits.values() for said in unlike(fit, config))
+    warned = (Verdict("warning", "unlike", each) for each in unalike)
+    decision = replace(decision, verdicts=(*decision.verdicts, *warned))
     raw["run"]["name"] += f"-{short(getattr(count(model), size))}-{short(tokens)}"
     held = held_by(raw, machine)
     return None if held is None else Plan(decision, fits, size, held[0], checked(held[0]), held[1])

@@ -14,7 +14,7 @@ import numpy as np
 from scaling import optima
 from scaling.candidates import SIZES as COUNTS
 from scaling.cells import AXES
-from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, reach, value_at
+from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, outside, reach, value_at
 from scaling.results import Bowl, Decision, Estimate, Fit, Verdict
 from scaling.table import column_of
 
@@ -161,7 +161,8 @@ def settle(
     judged = reach(list(laws.values()), compute)
     said += [replace(each, level="warning") for each in judged] if far else judged
     best = _settings(settings, bowls, known, law_for(fits, "max_lr")[0], seed) if settings else NOTHING
-    said += [each for each in best.verdicts if each.code != "extrapolation"]
+    said += outside(list(laws.values()), known)
+    said += [each for each in best.verdicts if each.code not in ("extrapolation", "outside")]
     proposal = dict(found.proposal) | {name: best.proposal[name] for name in AXES if name in best.proposal}
     if "loss" in laws:
         settled = {name: each.value for name, each in proposal.items() if name in AXES}

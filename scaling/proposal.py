@@ -212,3 +212,17 @@ def reach(fits: Sequence[Fit], compute: float) -> tuple[Verdict, ...]:
         for largest, names in quantities.items()
         if compute / largest > WARNS
     )
+
+
+def outside(fits: Sequence[Fit], known: Mapping[str, float]) -> tuple[Verdict, ...]:
+    """A warning for each input, of a run of these columns, that is more than `WARNS` times beyond those of a law's
+    data, though its compute may not be; and for compute that is as far below them."""
+    said = {}
+    for fit in fits:
+        for symbol, (low, high) in fit.spans.items():
+            value = known.get(column_of(symbol, fit.size))
+            if value is None or (low / WARNS <= value and (symbol == "C" or value <= high * WARNS)):
+                continue
+            message = f"{symbol} = {value:.4g} is outside of what was fitted, {low:.4g} to {high:.4g}"
+            said[message] = Verdict("warning", "outside", message)
+    return tuple(said.values())

@@ -9,7 +9,7 @@ from scaling.cells import AXES
 from scaling.laws import find
 from scaling.optima.plateau import curvature_at, plateau
 from scaling.optima.regret import expected_regret
-from scaling.proposal import extrapolation
+from scaling.proposal import extrapolation, outside
 from scaling.results import Bowl, Decision, Estimate, Fit, Plateau, Verdict
 from scaling.table import column_of
 
@@ -75,7 +75,7 @@ def decide(
             regret = (0.0 if np.isnan(regret) else regret) + expected_regret(off[1:], bend)
             verdicts += _off_batch(middle["batch_tokens"], plateau(best_batch[0], bend[0, 0], cost), at_batch)
     beyond = extrapolation(used, known.get("C", float("nan")))
-    verdicts = (*_extrapolated(beyond, far), *_outside(known, used), *_identified(used), *verdicts)
+    verdicts = (*_extrapolated(beyond, far), *outside(used, known), *_identified(used), *verdicts)
     return Decision(dict(target), proposal, flat, regret, beyond, verdicts, excess)
 
 
@@ -182,17 +182,6 @@ def _extrapolated(factor: float, far: bool) -> tuple[Verdict, ...]:
     message = f"the target is {factor:.3g} times the largest compute that was fitted"
     message += f"; beyond {REFUSE:g} times it is refused unless asked" if refused else ""
     return (Verdict("failure" if refused else "warning", "extrapolation", message),)
-
-
-def _outside(known: Mapping[str, float], fits: Sequence[Fit]) -> tuple[Verdict, ...]:
-    """Inputs beyond those of the cells by more than a factor of 3, though the compute may not be."""
-    said = {}
-    for fit in fits:
-        for symbol, (low, high) in fit.spans.items():
-            value = known.get(symbol)
-            if symbol != "C" and value is not None and not low / WARN <= value <= high * WARN:
-                said[symbol] = f"{symbol} = {value:.4g} is outside of what was fitted, {low:.4g} to {high:.4g}"
-    return tuple(Verdict("warning", "outside", message) for message in said.values())
 
 
 def _identified(fits: Sequence[Fit]) -> tuple[Verdict, ...]:

@@ -216,6 +216,20 @@ def test_another_optimizer_or_parametrisation_is_warned_of(preset):
     assert not compose(preset).law_record["values"]["optim.lr"]["warnings"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["schedule.horizon=10M"], "D = 1e+07 is outside of what was fitted, 2e+09 to 1e+11"),
+        (["model.experts.count=8"], "measured on dense models, and this one has 8 experts"),
+    ],
+    ids=["far below", "experts"],
+)
+def test_what_a_published_law_was_not_measured_on_is_warned_of_once(preset, changed, words):
+    record = compose(preset, changed).law_record
+    assert all(any(words in each for each in value["warnings"]) for value in record["values"].values())
+    assert sum(words in line for line in told(record)) == 1
+
+
 def test_the_law_is_said_by_explain_and_by_a_dry_run(preset, capsys):
     assert explain.main([str(preset)]) == 0
     said = capsys.readouterr().out

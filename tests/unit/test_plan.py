@@ -266,6 +266,13 @@ def test_plan_is_a_verb(laws, capsys):
     assert verbs.main(["plan", "--laws", laws, "--compute", "1e20"]) == 0
 
 
+def test_a_plan_by_a_published_law_says_what_the_law_was_not_measured_on(preset, capsys):
+    arguments = ("--laws=step-law", "--params=300K", "--tokens=4M", f"--config={preset}")
+    code, out, _ = run(capsys, *arguments, "model.experts.count=4")
+    assert code == 0 and out.count("warning: the law was measured on dense models") == 1
+    assert "warning: D = 4e+06 is outside of what was fitted" in out
+
+
 # The file.
 
 
