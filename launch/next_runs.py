@@ -26,7 +26,7 @@ from launch.shapes import Family
 from runtime.model.counts import count as counted
 from scaling.columns import DIVERGED, RUNNING
 from scaling.decisions import by_parameter
-from scaling.design import Proposal, next_runs
+from scaling.design import Proposal, next_runs, of_one_training
 from scaling.proposal import reach
 
 MOST_APART = 0.02
@@ -73,6 +73,13 @@ def design(
     table = laws.analysis.table
     status = table.frame["status"] if "status" in table.frame else np.full(len(table), None)
     rows = table.where(laws.analysis.used | np.isin(np.array(status, dtype=object), (DIVERGED, RUNNING)))
+    alike = of_one_training(rows, size)
+    if not alike.all():
+        warned += (
+            f"{int((~alike).sum())} of {len(rows)} runs are left out: they differ from the most of their N and D in "
+            "weight decay, schedule or other settings",
+        )
+        rows = rows.where(alike)
     chosen = next_runs(rows, size, [(found["N"].value, found["D"].value)], count=count, budget_flops=budget)
     runs = [NextRun(each, number, len(chosen), size, notes=warned) for number, each in enumerate(chosen, 1)]
     return [_configured(run, preset, machine) for run in runs] if preset else runs

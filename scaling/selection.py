@@ -229,8 +229,10 @@ def likelihood_ratio(
     ours, theirs = (residuals(*each, objective) for each in (smaller, larger))
     ones = np.ones((1, len(y)))
     gain = float(objective.value(ours[None], ones)[0] - objective.value(theirs[None], ones)[0])
-    psi = np.clip(theirs, -objective.delta, objective.delta)
-    return max(0.0, 2 * float((np.abs(theirs) < objective.delta).sum() / (psi**2).sum()) * gain)
+    noise = float((np.clip(theirs, -objective.delta, objective.delta) ** 2).sum())
+    if gain <= 0 or noise == 0:  # to a law without residuals, as of equal losses, there is nothing to compare
+        return float("inf") if gain > 0 else 0.0
+    return 2 * float((np.abs(theirs) < objective.delta).sum()) / noise * gain
 
 
 def _score(

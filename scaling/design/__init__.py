@@ -3,5 +3,6 @@
 from scaling.design.belief import belief
 from scaling.design.posterior import Belief
 from scaling.design.proposals import Proposal, next_runs
+from scaling.design.runs import of_one_training
 
-__all__ = ["Belief", "Proposal", "belief", "next_runs"]
+__all__ = ["Belief", "Proposal", "belief", "next_runs", "of_one_training"]

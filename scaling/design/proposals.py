@@ -43,7 +43,8 @@ def next_runs(
 ) -> list[Proposal]:
     """Up to `count` runs of at most `budget_flops` together that lower the expected regret at targets (N, D) most.
 
-    N means the column `size`. Candidates are a table with that column, tokens, lr and batch_tokens (and flops), or else
+    N means the column `size`. Runs of equal N and D are taken to be trained alike, as those of `of_one_training` are.
+    Candidates are a table with that column, tokens, lr and batch_tokens (and flops), or else
     the lattice of `scaling.design.candidates`. Runs of the table that are still running count as made. Nothing is
     drawn: the same table gives the same runs. It ends before runs that would lower the regret by less than `LEAST_GAIN`
     of it together; an empty list where that is all of them, or nothing is affordable. ValueError for bad targets, count

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from scaling.cells import SAME, grouped, levels
+from scaling.cells import cells_of as parted
 from scaling.columns import DIVERGED, FINISHED, RUNNING
 from scaling.table import RunTable
 
@@ -84,6 +85,23 @@ def read(table: RunTable | pd.DataFrame, size: str) -> Runs:
     runs = runs.where(known)
     N, D, cell = cells_of(runs.N, runs.D)
     return replace(runs, N=N[cell], D=D[cell])
+
+
+def of_one_training(table: RunTable, size: str) -> np.ndarray:
+    """Which runs a belief may learn from together, (rows,) of bool: of equal N and D those of the training that most of
+    them have. `scaling.cells` keeps runs apart that differ in weight decay or schedule, and a belief has one bowl."""
+    if not all(map(table.has, (size, "tokens"))):
+        return np.ones(len(table), dtype=bool)
+    kept = np.zeros(len(table), dtype=bool)
+    found = sorted(parted(table, size), key=len, reverse=True)
+    taken: set[tuple[int, int]] = set()
+    N, D = levels(table.numbers(size)), levels(table.numbers("tokens"))
+    for rows in found:
+        place = int(N[rows[0]]), int(D[rows[0]])
+        if place not in taken:
+            taken.add(place)
+            kept[rows] = True
+    return kept
 
 
 def cells_of(N: np.ndarray, D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ def sheet(
 
 def png(draw: Callable[[], Figure | None]) -> bytes | None:
     """What a plot comes to as a PNG file; None if there is nothing to draw."""
-    with rc_context(STYLE):
+    with rc_context(STYLE), np.errstate(over="ignore"):  # margins of an axis may end beyond the largest float
         figure = draw()
         if figure is None:
             return None

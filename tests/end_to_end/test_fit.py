@@ -246,6 +246,15 @@ def test_a_law_of_the_stable_rate_is_fitted_or_said_to_be_untold(tmp_path, capsy
         )
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [2.5, 1e300])
+def test_losses_that_tell_nothing_are_fitted_without_a_word_of_numpy(tmp_path, loss):
+    frame = pd.read_csv(write_losses(tmp_path / "runs.csv")).assign(final=loss)
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    run(tmp_path / "runs.csv", "--columns", "loss=final", "--out", tmp_path / "out")
+    assert not laws_file.read(tmp_path / "out" / "laws.json").best("loss").identified
+
+
 @pytest.mark.parametrize("content", ["1e8,1e9,3\n", ",,3\n,,2.9\n"], ids=["one point", "no size or tokens"])
 def test_where_no_law_has_a_fit_the_code_is_3(tmp_path, capsys, content):
     (tmp_path / "runs.csv").write_text(HEAD + content)

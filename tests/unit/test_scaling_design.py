@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 
 from benchmarks.scaling_design import SPENDING, grid, replay
-from scaling.design import belief, next_runs
+from scaling.design import belief, next_runs, of_one_training
 from scaling.design.bowl import LOCAL, SHARED, Points, evaluate, linex, reach
 from scaling.design.choice import design, target_factor
 from scaling.design.proposals import worthwhile
 from scaling.design.runs import read
+from scaling.table import RunTable, tidy
 from tests.published import published
 
 TRUTH = {"c": -6.0, "a": -0.6, "b": 0.3, "c_B": 12.0, "a_B": 0.0, "b_B": 0.5}
@@ -235,6 +236,15 @@ def test_tokens_that_differ_by_a_batch_are_one_cell():
     table = swept()
     table = table.assign(tokens=table["tokens"] * (1 + 0.001 * np.arange(len(table)) / len(table)))
     assert len(belief(table, "non_embedding").N) == len(CELLS)
+
+
+def test_of_one_size_and_length_the_runs_of_one_training_are_learnt_from():
+    frame = swept().assign(weight_decay=0.1, schedule="cosine", status="finished")
+    other = frame.iloc[: len(frame) // 2].assign(weight_decay=0.3, loss=lambda each: 1.1 * each["loss"])
+    part = other.groupby(["non_embedding", "tokens"]).head(4)
+    mixed = RunTable(tidy(pd.concat([part, frame], ignore_index=True)))
+    assert of_one_training(mixed, "non_embedding").tolist() == [False] * len(part) + [True] * len(frame)
+    assert of_one_training(RunTable(tidy(frame.drop(columns="weight_decay"))), "non_embedding").all()
 
 
 @pytest.mark.parametrize(
