@@ -90,7 +90,8 @@ def _no_loss(table: RunTable) -> str:
     close = [name for name in foreign if any(each in normalised(name) for each in LIKE_LOSSES)]
     there = f"; it has: {', '.join((close or foreign)[:8])}" if foreign else ""
     unread = "".join(f". {note}" for note in table.notes if UNREAD in note)
-    return f"{of}: no run has a loss; name its column with columns loss=NAME{there}{unread}"
+    without = "laws of lr, batch_tokens, critical_batch and timescale can be asked for without"
+    return f"{of}: no run has a loss; name its column with columns loss=NAME{there} ({without}){unread}"
 
 
 def _texts(table: RunTable, name: str, empty: str) -> np.ndarray:

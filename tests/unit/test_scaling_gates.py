@@ -108,7 +108,7 @@ def test_too_few_runs_are_said(rows, level):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({}, r"^the table: no run has a loss; name its column with columns loss=NAME$"),
+        ({}, r"^the table: no run has a loss; name its column with columns loss=NAME \(laws of lr.*without\)$"),
         ({"source": ["a.csv", "b.csv"]}, r"^a.csv, b.csv: no run has a loss"),
         ({"quality": 1.0, "min_loss": 2.0, "fit_nll": 2.0}, r"loss=NAME; it has: min_loss, fit_nll$"),
         ({"quality": 1.0, "note": "text"}, r"loss=NAME; it has: quality$"),
