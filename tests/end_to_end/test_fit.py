@@ -199,8 +199,8 @@ def test_a_law_of_a_swept_timescale_is_of_the_best_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("law", "words"),
-    [([], "the table has no loss"), (["--law", "chinchilla"], "the table has no loss"),
-     (["--law", "critical_batch_loss"], "the table has no loss"), (["--law", "step_law_lr"], "no loss says which is")],
+    [([], "no run has a loss"), (["--law", "chinchilla"], "the table has no loss"),
+     (["--law", "critical_batch_loss"], "no run has a loss"), (["--law", "step_law_lr"], "no loss says which is")],
 )  # fmt: skip
 def test_rows_without_losses_that_are_no_optima_have_code_2(tmp_path, capsys, law, words):
     frame = pd.read_csv(write_optima(tmp_path / "runs.csv", **RATE))
