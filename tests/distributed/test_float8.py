@@ -172,6 +172,7 @@ def test_a_run_grows_and_resumes_bit_for_bit(tmp_path, name):
     assert 1e-5 < off < 0.05, "float8 is not exact, and not far off"
 
 
+@pytest.mark.slow
 def test_blocks_compile_to_one_graph():
     decoder, tokens = Decoder(ModelConfig(**SHAPE)), torch.arange(20).reshape(2, 10)
     apply_float8(decoder.blocks, "tensorwise", emulate=True)
