@@ -1,0 +1,142 @@
+"""Attention in tiles against plain attention in float64."""
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from runtime.model import attention, tiled_attention
+from runtime.model.attention import Attention
+from runtime.model.prefix_attention import attend
+from runtime.model.tiled_attention import suits_tiles
+from runtime.model.tiled_attention import tiled_attention as tiled
+from tests.unit.test_model_decoder import build, draw
+
+SHAPES = [
+    pytest.param((2, 4, 4, 256, 32), id="whole tiles"),
+    pytest.param((3, 4, 2, 300, 32), id="groups, a last tile in part"),
+    pytest.param((1, 6, 1, 257, 40), id="one head of keys, one query left"),
+    pytest.param((9, 8, 8, 256, 32), id="several parts"),
+    pytest.param((1, 2, 2, 256, 512), id="heads wider than the sequence is long"),
+    pytest.param((2, 2, 2, 7, 8), id="less than a tile"),
+]
+
+
+def drawn(shape, dtype=torch.float32):
+    """Queries, keys, values and a gradient, in memory as projections give them."""
+    batch, heads, kv_heads, length, width = shape
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(batch, length, number, width, generator=generator, dtype=dtype).transpose(1, 2)
+        for number in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def documents(batch, length):
+    """[batch, 1, s, s]: documents of other lengths in each sequence; a query sees no later one, nor another's."""
+    ids = torch.stack([torch.arange(length) // (length // (2 + row % 3) + row) for row in range(batch)])
+    return (ids[:, None, :, None] == ids[:, None, None, :]).tril()
+
+
+def with_gradients(function, inputs, outer):
+    inputs = [each.detach().requires_grad_() for each in inputs]
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, outer)]
+
+
+@pytest.mark.parametrize("masked", ["no", "each", "one for all"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_attention_and_so_are_its_gradients(shape, masked):
+    *inputs, outer = drawn(shape)
+    batch, heads, kv_heads, length, width = shape
+    mask = {"no": None, "each": documents(batch, length), "one for all": documents(1, length)}[masked]
+    found = with_gradients(lambda q, k, v: tiled(q, k, v, mask, width**-0.5), inputs, outer)
+    seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+    exact = with_gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen, scale=width**-0.5, enable_gqa=heads != kv_heads),
+        [each.double() for each in inputs],
+        outer.double(),
+    )
+    for ours, reference in zip(found, exact, strict=True):
+        assert ours.shape == reference.shape
+        assert (ours - reference).norm() < 1e-6 * reference.norm()
+
+
+def test_is_no_further_from_float64_than_the_kernel_of_torch():
+    *inputs, outer = drawn((2, 4, 2, 512, 64))
+    ways = [lambda q, k, v, t=t: attend(q, k, v, None, None, None, 0.125, tiled=t) for t in (True, False)]
+    ours, theirs = (with_gradients(way, inputs, outer) for way in ways)
+    exact = with_gradients(ways[1], [each.double() for each in inputs], outer.double())
+    for a, b, reference in zip(ours, theirs, exact, strict=True):
+        assert not torch.equal(a, b)
+        assert (a - reference).norm() < 1.5 * (b - reference).norm()
+
+
+def test_no_later_key_is_seen():
+    query, key, value, _ = drawn((1, 2, 2, 320, 32))
+    before = tiled(query, key, value, None, 0.2)
+    key[:, :, 200:], value[:, :, 200:] = torch.nan, torch.inf
+    after = tiled(query, key, value, None, 0.2)
+    assert torch.equal(before[:, :, :192], after[:, :, :192])  # whole tiles before
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operator_keeps_what_torch_expects_of_one(masked):
+    *inputs, _ = drawn((2, 4, 2, 70, 32))
+    mask = documents(2, 70) if masked else None
+    opcheck(torch.ops.meristem.tiled_attention.default, (*(each.requires_grad_() for each in inputs), mask, 0.3))
+
+
+TAKEN = (2, 4, 2, 256, 32)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, keys, mask, expected",
+    [
+        (TAKEN, torch.float32, 256, None, True),
+        (TAKEN, torch.float32, 256, (1, 1, 256, 256), True),
+        (TAKEN, torch.float32, 256, (2, 4, 256, 256), False),
+        (TAKEN, torch.float32, 300, None, False),
+        (TAKEN, torch.float64, 256, None, False),
+        (TAKEN, torch.bfloat16, 256, None, False),
+        ((2, 4, 2, 255, 32), torch.float32, 255, None, False),
+        ((2, 4, 2, 1025, 32), torch.float32, 1025, None, False),
+        ((2, 4, 2, 256, 16), torch.float32, 256, None, False),
+    ],
+)
+def test_what_it_is_taken_for(shape, dtype, keys, mask, expected):
+    batch, heads, kv_heads, length, width = shape
+    query, key = torch.zeros(batch, heads, length, width, dtype=dtype), torch.zeros(batch, kv_heads, keys, width)
+    assert suits_tiles(query, key, None if mask is None else torch.ones(mask, dtype=torch.bool)) == expected
+    assert not suits_tiles(query.to("meta"), key.to("meta"), None)
+
+
+@pytest.mark.parametrize("ids", [None, torch.arange(256) // 100])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_decoder_with_it_is_the_decoder_without(ids, compiled):
+    tokens, found = draw(2, 256), []
+    ids = None if ids is None else ids.expand(2, -1)
+    for is_tiled in (True, False):
+        decoder = build(torch.float32, head_dim=32)
+        for module in decoder.modules():
+            if isinstance(module, Attention):
+                module.tiled = is_tiled
+                if compiled and is_tiled:
+                    module.compile(fullgraph=True)
+        loss = decoder(tokens, tokens, document_ids=ids).total
+        loss.backward()
+        found.append([loss.detach(), *(each.grad for each in decoder.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_a_decoder_takes_it(monkeypatch):
+    calls = []
+    original = tiled_attention.tiled_attention
+    monkeypatch.setattr(
+        "runtime.model.prefix_attention.tiled_attention", lambda *args: calls.append(1) or original(*args)
+    )
+    decoder = build(torch.float32, head_dim=32)
+    decoder(draw(1, 256))
+    assert len(calls) == decoder.config.num_layers
+    assert attention.attend is attend
