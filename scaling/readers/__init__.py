@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ import pandas as pd
 from scaling.columns import COLUMNS, NAMES, TEXTS
 from scaling.readers import event_files, histories, megatron, run_directory, tables, wandb_exports
 from scaling.readers.amounts import UNITS
-from scaling.readers.derived import complete, join, unknown
+from scaling.readers.derived import complete, join, sizes_in_names, unknown
+from scaling.readers.histories import History
 from scaling.readers.mapping import Mapped, check_names
 from scaling.readers.sources import Source, find
 from scaling.table import RunTable, tidy
@@ -50,9 +51,10 @@ def read(
     frame = pd.concat([each.frame for each in parts if len(each.frame)] or [pd.DataFrame()], ignore_index=True)
     if frame.empty:
         raise ValueError(f"{', '.join(map(str, paths))}: no runs")
+    mapping = _joined(each.mapping for each in parts)
+    named = sizes_in_names(frame, mapping, {*columns, *constants})
     _mark_repeated(frame, {str(each.path) for each in sources if each.kind == "table"})
     _name_runs(frame)
-    mapping = _joined(each.mapping for each in parts)
     frame = _with_constants(frame, constants, mapping)
     frame = tidy(complete(_mark_finite(frame), mapping))
     unread = [str(each.path) for each in sources if each.kind == "unread"]
@@ -61,7 +63,7 @@ def read(
         some = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
         notes[f"{len(unread)} {UNREAD}; give them by their own names: {some}"] = None
     whole = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return RunTable(frame, mapping, (*notes, *unknown(frame)), whole)
+    return RunTable(frame, mapping, (*notes, *named, *unknown(frame)), whole)
 
 
 def _run_directories(sources: list[Source], columns: Mapping[str, str], digests: list[str]) -> Mapped:
@@ -106,16 +108,26 @@ def _mark_duplicates(rows: list[dict], keys: list[str]) -> None:
 def _all_foreign(sources: list[Source], columns: Mapping[str, str], digests: list[str]) -> list[Mapped]:
     """What event folders, logs and tables hold; of those that are equal in all bytes all but the first are labelled."""
     found: list[Mapped] = []
+    charts: list[History] = []
     first: dict[tuple[str, ...], Path] = {}
     for source in sources:
         before = len(digests)
-        parts = list(_foreign(source, columns, digests))
+        parts = _foreign(source, columns, digests)
         original = first.setdefault(tuple(digests[before:]), source.path)
         if original != source.path:
             for each in parts:
-                each.frame["labels"] = [join(label, f"{DUPLICATE}{original}") for label in each.frame["labels"]]
-        found += parts
-    return found
+                _label_copy(each, original)
+        charts += [each for each in parts if isinstance(each, History)]
+        found += [each for each in parts if isinstance(each, Mapped)]
+    return found + [histories.row(each, columns) for each in wandb_exports.joined(charts)]
+
+
+def _label_copy(part: Mapped | History, original: Path) -> None:
+    label = f"{DUPLICATE}{original}"
+    if isinstance(part, History):
+        part.labels.append(label)
+    else:
+        part.frame["labels"] = [join(each, label) for each in part.frame["labels"]]
 
 
 def _mark_repeated(frame: pd.DataFrame, sources: set[str]) -> None:
@@ -136,25 +148,24 @@ def _name_runs(frame: pd.DataFrame) -> None:
     frame["run"] = names.where(names.notna(), default)
 
 
-def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> Iterator[Mapped]:
+def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> list[Mapped | History]:
+    """The rows of a source, or what charts show, which may be a part of a run."""
     path = source.path
     if source.kind == "events":
         digests += [_digest(each) for each in sorted(path.glob(event_files.PATTERN))]
-        yield histories.row(event_files.read(path), columns)
-    elif source.kind == "log":
+        return [histories.row(event_files.read(path), columns)]
+    if source.kind == "log":
         text = path.read_text(encoding="utf-8", errors="replace")
         digests.append(_digest(path))
         is_fresh = time.time() - path.stat().st_mtime < run_directory.RECENT
-        yield histories.row(megatron.read(path, text, is_fresh=is_fresh), columns)
-    else:
-        frame, odd, digest = tables.load(path)
-        digests.append(digest)
-        if wandb_exports.is_wide(list(frame.columns)):
-            yield from (histories.row(each, columns) for each in wandb_exports.wide(frame, path))
-        elif wandb_exports.is_long(frame):
-            yield from (histories.row(each, columns) for each in wandb_exports.long(frame, path))
-        else:
-            yield tables.rows(frame, odd, path, columns)
+        return [histories.row(megatron.read(path, text, is_fresh=is_fresh), columns)]
+    frame, odd, digest = tables.load(path)
+    digests.append(digest)
+    if wandb_exports.is_wide(list(frame.columns)):
+        return list(wandb_exports.wide(frame, path))
+    if wandb_exports.is_long(frame):
+        return [histories.row(each, columns) for each in wandb_exports.long(frame, path)]
+    return [tables.rows(frame, odd, path, columns)]
 
 
 def _check_given(parts: Sequence[Mapped], columns: Mapping[str, str]) -> None:

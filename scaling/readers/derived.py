@@ -1,15 +1,19 @@
 """Columns that follow from others. What is known is never replaced; every formula is told in the mapping."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
 
 from scaling.columns import normalised
 from scaling.laws.timescale import timescale
-from scaling.readers.amounts import numbers, typical
+from scaling.readers.amounts import UNITS, numbers, typical
 from scaling.readers.mapping import RATIOS, SIZES, Mapped
 
+MODELS = ("model", "modelname", "modelid", "arch", "architecture", "checkpoint")
+"""Columns that may name a model, with its size in the name."""
+_AMOUNT = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)[ ]?(M|B|m|b)(?![A-Za-z0-9])(?![\s_\-]*tok)")
 SURELY_TOKENS = 32_768
 """A typical batch above this is one of tokens: so many sequences are in no batch."""
 APPROXIMATE = {"tokens": "C / (6 N)", "total": "C / (6 D)"}
@@ -146,3 +150,19 @@ def _size(frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
             values = frame[name].to_numpy(dtype=float, na_value=np.nan)
             size = np.where(np.isfinite(size), size, values)
     return size
+
+
+def sizes_in_names(frame: pd.DataFrame, mapping: dict[str, str], given: Collection[str]) -> list[str]:
+    """Where neither a size nor FLOPs are known or `given`, take the size from the names of runs or models, such as
+    "pythia-70m", if each has exactly one; returns the notes on it."""
+    known = [name for name in ("flops", *SIZES) if name in given or (name in frame and frame[name].notna().any())]
+    for name in [] if known else [each for each in frame if each == "run" or normalised(str(each)) in MODELS]:
+        amounts = [_AMOUNT.findall(str(each)) for each in frame[name]]
+        if all(len(each) == 1 for each in amounts):
+            frame["total"] = [float(number) * UNITS[unit.lower()] for ((number, unit),) in amounts]
+            mapping["total"] = f"size in the name of {name}"
+            return [
+                f"no size is known but that in {name!r}, such as {str(frame[name].iloc[0])[:60]!r}: rounded, with or "
+                'without embeddings as whoever named it had it; columns total="" leaves it out'
+            ]
+    return []

@@ -2,7 +2,7 @@
 run (wide). The table of runs that the site exports is a plain table with one row a run."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,10 @@ _WIDE = re.compile(r"^(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
 
 
 def is_wide(names: list[str]) -> bool:
-    """Whether a table is a chart's export: "run - metric" columns with their __MIN and __MAX."""
-    return any(name.endswith("__MIN") for name in names) and any(name.endswith("__MAX") for name in names)
+    """Whether a table is a chart's export: "run - metric" columns with their __MIN and __MAX, or with nothing but an
+    axis beside them."""
+    bounded = any(name.endswith("__MIN") for name in names) and any(name.endswith("__MAX") for name in names)
+    return bounded or (names[0].strip().lower() in AXES and len(names) > 1 and all(map(_WIDE.match, names[1:])))
 
 
 def is_long(frame: pd.DataFrame) -> bool:
@@ -81,6 +83,20 @@ def wide(frame: pd.DataFrame, path: Path) -> Iterator[History]:
     kind = "tokens" if "token" in axis.lower() else "steps"
     for run, series in runs.items():
         yield History(run, f"{path}", series, axis=kind)
+
+
+def joined(charts: Iterable[History]) -> list[History]:
+    """Charts of one folder with one run each, those of the same run and axis that show different metrics as one."""
+    found: dict[tuple[Path, str, str], list[History]] = {}
+    for chart in charts:
+        same = found.setdefault((Path(chart.source).parent, chart.run, chart.axis), [])
+        other = next((each for each in same if not each.series.keys() & chart.series.keys()), None)
+        if other is None:
+            same.append(chart)
+        else:
+            other.series |= chart.series
+            other.labels.append(f"joined with its chart in {Path(chart.source).name}")
+    return [each for same in found.values() for each in same]
 
 
 def long(frame: pd.DataFrame, path: Path) -> Iterator[History]:

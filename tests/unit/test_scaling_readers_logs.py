@@ -190,6 +190,65 @@ def test_a_wide_export_has_a_run_a_column(tmp_path):
     assert table.numbers("tokens").tolist() == [STEPS * 4096, 1000 * 4096]
 
 
+def chart(path, axis="Step", bounds=("", "__MIN", "__MAX"), **metrics):
+    """Of two runs, as Weights & Biases exports it."""
+    frame = pd.DataFrame({axis: np.arange(1, STEPS + 1)})
+    for metric, values in metrics.items():
+        for run, factor in (("small-70M", 1.0), ("large-1.4B", 0.9)):
+            for bound in bounds:
+                frame[f"{run} - {metric.replace('__', '/')}{bound}"] = np.asarray(values) * factor
+    frame.to_csv(path, index=False)
+    return path
+
+
+def test_charts_of_the_same_runs_are_one_run_each(tmp_path):
+    chart(tmp_path / "loss.csv", train__loss=losses())
+    chart(tmp_path / "lr.csv", bounds=("",), lr=np.full(STEPS, 1e-3))
+    chart(tmp_path / "tokens.csv", tokens=4096.0 * np.arange(1, STEPS + 1))
+    (tmp_path / "other").mkdir()
+    chart(tmp_path / "other" / "lr.csv", lr=np.full(STEPS, 2e-3))
+    chart(tmp_path / "copy.csv", lr=np.full(STEPS, 2e-3))
+    names = ("loss", "lr", "tokens", "other/lr", "copy")
+    table = read([tmp_path / f"{name}.csv" for name in names])
+    runs = table.frame[table.frame["run"] == "small-70M"]
+    assert runs["loss"].notna().tolist() == [True, False, False]
+    assert runs["lr"].tolist() == [1e-3, 2e-3, 2e-3] and runs["tokens"].iloc[0] == STEPS * 4096
+    assert "joined with its chart in lr.csv; joined with its chart in tokens.csv" in runs["labels"].iloc[0]
+    assert "duplicate of" in runs["labels"].iloc[1]  # copy.csv, that of other/lr.csv in all bytes
+
+
+def test_a_chart_without_bounds_has_a_run_a_column(tmp_path):
+    table = read([chart(tmp_path / "chart.csv", bounds=("",), train__loss=losses())])
+    assert table.frame["run"].tolist() == ["small-70M", "large-1.4B"]
+    assert table.numbers("steps").tolist() == [STEPS] * 2
+
+
+def test_a_size_that_no_logger_tells_is_that_of_the_run_s_name(tmp_path):
+    path = chart(tmp_path / "chart.csv", train__loss=losses())
+    table = read([path])
+    assert table.numbers("total").tolist() == [7e7, 1.4e9] and table.mapping["total"] == "size in the name of run"
+    assert any("'small-70M'" in note for note in table.notes)
+    assert not read([path], columns={"total": ""}).has("total")
+    assert not read([path], constants={"non_embedding": 5e6}).has("total")
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes"),
+    [
+        (("pythia-70m", "pythia-1.4b-deduped"), [7e7, 1.4e9]),
+        (("70M-10B", "160M-10B"), None),
+        (("a", "70M"), None),
+        (("10B tokens", "20B tokens"), None),
+        (("model-2", "model-3"), None),
+    ],
+)
+def test_sizes_in_names_are_taken_where_each_has_one(tmp_path, names, sizes):
+    frame = pd.DataFrame({"model": names, "tokens": [1e9, 2e9], "loss": [3.0, 2.8]})
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    table = read([tmp_path / "table.csv"])
+    assert (table.numbers("total").tolist() if table.has("total") else None) == sizes
+
+
 ARGUMENTS = """\
 ------------------------ arguments ------------------------
   adam_beta1 ...................................... 0.9
