@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         text, paths = planned(arguments)
     except Unidentified as error:
-        print(f"error: {error}", file=sys.stderr)
+        hint = ". --params N --tokens D --next K --budget FLOPS plans runs that tell more"
+        hint = "" if arguments.next is not None else hint
+        print(f"error: {error}{hint}", file=sys.stderr)
         return UNIDENTIFIED
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

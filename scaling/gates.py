@@ -1,5 +1,6 @@
 """Which runs of a table may be fitted together, and what is said of the others."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ UNDECAYED = 0.3
 """Last rate over peak above which a schedule that decays was cut."""
 DISAGREE = 10.0
 """Factor between C and 6 N D beyond which one of the three is another thing, or in another unit."""
+NUMBER_AT_END = r", [\d.e+-]+$"
+"""By which labels of one kind differ."""
 SHOWN = 6
 """Kinds of labels that are named."""
 
@@ -168,7 +171,7 @@ def _cut(table: RunTable, kept: np.ndarray) -> list[Verdict]:
 
 def _labelled(labels: np.ndarray, kept: np.ndarray) -> list[Verdict]:
     """A note of what was noticed while reading runs that are kept, with counts."""
-    counts = Counter(each for text in labels[kept] if text for each in text.split("; "))
+    counts = Counter(re.sub(NUMBER_AT_END, "", each) for text in labels[kept] if text for each in text.split("; "))
     if not counts:
         return []
     told = [f"{count} x {label}" for label, count in counts.most_common(SHOWN)]

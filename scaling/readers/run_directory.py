@@ -316,6 +316,7 @@ def _noticed(folder: Path, tail: Tail, events: list[Row], identity: Row, row: Ro
         first, last = tail.first.get("batch_tokens"), row.get("batch_tokens")
         if first and last and first != last:
             labels.append(f"the batch went from {first:.6g} to {last:.6g} tokens")
-        if isinstance(loss := tail.first.get("loss"), int | float) and row.get("loss", 0) > loss:
+        loss = tail.first.get("loss")  # of a run that goes on with a parent's weights it is no first one
+        if isinstance(loss, int | float) and row.get("loss", 0) > loss and not identity.get("parent"):
             labels.append(f"ends above its first loss, {loss:.4g}")
     return labels

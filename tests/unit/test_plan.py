@@ -240,6 +240,7 @@ def test_a_law_that_is_not_identified_is_an_answer(tmp_path, capsys, quantity):
     laws = write_laws(tmp_path, *fits)
     code, _, err = run(capsys, "--laws", laws, "--compute", "1e20")
     assert code == 3 and f"the law of {quantity} (" in err and "is not identified by its data: made by hand" in err
+    assert "--next K --budget FLOPS" in err
     given, *_ = run(capsys, "--laws", laws, "--params", "1B", "--tokens", "10B")
     assert given == (0 if quantity == "loss" else 3)
 

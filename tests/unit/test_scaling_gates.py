@@ -98,6 +98,9 @@ def test_labels_of_kept_runs_are_counted():
     _, verdicts = select(table(labels=["2 launches"] * 3 + ["2 launches; 5 steps skipped"] + [None] * 8))
     assert "4 x 2 launches, 1 x 5 steps skipped" in codes(verdicts)["labels"].message
     assert codes(verdicts)["labels"].level == "ok", "a note"
+    unlike = ["ends above its first loss, 6.35", "ends above its first loss, 5"]
+    _, verdicts = select(table(labels=unlike + [None] * 10))
+    assert "2 x ends above its first loss" in codes(verdicts)["labels"].message
 
 
 @pytest.mark.parametrize(("rows", "level"), [(1, "failure"), (5, "warning")])

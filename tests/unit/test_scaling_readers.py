@@ -219,6 +219,13 @@ def test_tokens_are_a_runs_own_where_its_parent_is_another_run(tmp_path, carry, 
     assert ("other" in (found["labels"] or "")) == (parent_tokens is not None)
 
 
+@pytest.mark.parametrize(("identity", "said"), [({}, True), ({"identity": child("a")}, False)], ids=["alone", "branch"])
+def test_a_run_that_ends_above_its_first_loss_is_labelled(tmp_path, identity, said):
+    write(tmp_path / "a")
+    found = row(read([write(tmp_path / "b", evaluations=[evaluation(END, 12.0)], **identity)]))
+    assert ("ends above its first loss" in (found["labels"] or "")) == said
+
+
 def test_a_branch_of_a_grown_run_has_its_parents_beginning(tmp_path):
     grown = {"segments": [segment(0, LEFT, num_layers=8)]}
     write(tmp_path / "a")
