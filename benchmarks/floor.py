@@ -43,7 +43,7 @@ WARMUP, TRACED = 3, 5
 LARGEST_COPY = 2 * 10**9
 """Bytes: a larger one is no faster, and may not fit beside a large model."""
 PRODUCTS = ("::mm", "::bmm", "::addmm", "_linear_pointwise", "meristem::product", "::grouped_product")
-ATTENTION = ("scaled_dot_product",)
+ATTENTION = ("scaled_dot_product", "tiled_attention")
 CALLERS: Mapping[str, tuple[str, ...]] = {
     "loss": ("CrossEntropy",),
     "norms": ("_RMSNorm", "rms_norm", "layer_norm"),

@@ -1,4 +1,4 @@
-"""Check that a parametrisation transfers: `check_coordinates.py CONFIG --widths 32,64,128 --out FOLDER`."""
+"""Check that a parametrisation transfers: `check_coordinates.py CONFIG --widths 128,256,512 --out FOLDER`."""
 
 import argparse
 import csv
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("config", help="a TOML preset; of it the model and the optimizer count")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.parametrization.kind=mup")
     parser.add_argument(
-        "--widths", type=_numbers, default=[], metavar="N,N,...", help="hidden sizes, such as 32,64,128"
+        "--widths", type=_numbers, default=[], metavar="N,N,...", help="hidden sizes, such as 128,256,512"
     )
     parser.add_argument("--depths", type=_numbers, default=[], metavar="N,N,...", help="unrolled, such as 2,4,8")
     parser.add_argument(

@@ -34,6 +34,7 @@ class Attention(nn.Module):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         self.streams, self.scale = config.streams.count, forward_scales(config).attention
+        self.tiled = True
         self.q_proj = build_linear(config, hidden, config.num_heads * self.head_dim)
         self.k_proj = build_linear(config, hidden, config.num_kv_heads * self.head_dim)
         self.v_proj = build_linear(config, hidden, config.num_kv_heads * self.head_dim)
@@ -76,7 +77,7 @@ class Attention(nn.Module):
             key, value, *repeated = (repeat_heads(each, query) for each in (key, value, *(before or ())))
             before = tuple(repeated) if before is not None else None
         bias = None if prefix is None or prefix.bias is None else prefix.bias.squeeze()
-        y = attend(query, key, value, mask, before, bias, self.scale)
+        y = attend(query, key, value, mask, before, bias, self.scale, self.tiled)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1), **use.delta("o_proj"))
 
 

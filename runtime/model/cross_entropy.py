@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from runtime.model.linear import product, product_over_rows
+from runtime.model.linear import product, product_over_rows, zero_sum
 
 IGNORE = -100
 """A target that is not predicted."""
@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         cross_entropy, z = (hidden.new_zeros((), dtype=exact) for _ in range(2))
         hidden_grad = torch.empty_like(hidden) if needs_gradient else None
-        weight_grad = torch.zeros_like(weight, dtype=exact) if needs_gradient else None
+        weight_grad = zero_sum(weight, exact) if needs_gradient else None
         for start in range(0, len(hidden), rows):
             chunk = hidden[start : start + rows]
             index = targets[start : start + rows].unsqueeze(1)
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer, outer_z):
         gradients = (
-            torch.mul(grad, outer, out=torch.empty_like(grad, dtype=dtype))
+            torch.mul(grad, outer, out=grad.new_empty(grad.shape, dtype=dtype))
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None, None, None, None
@@ -138,7 +138,7 @@ class _Distillation(torch.autograd.Function):
         exact = torch.promote_types(teacher.dtype, torch.float32)
         loss = teacher.new_zeros((), dtype=exact)
         students_grad = torch.empty_like(students) if needs_gradient else None
-        weight_grad = torch.zeros_like(weight, dtype=exact) if needs_gradient else None
+        weight_grad = zero_sum(weight, exact) if needs_gradient else None
         for start in range(0, len(teacher), rows):
             valid = (targets[start : start + rows, None] != IGNORE).to(exact)
             expected, total, _ = _exponentials(product(teacher[start : start + rows], weight).to(exact), over)
@@ -166,7 +166,7 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx, outer):
         gradients = ((grad * outer).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         students_grad, weight_grad = gradients
-        return students_grad, None, weight_grad, *[None] * 4
+        return students_grad, None, weight_grad.contiguous(), *[None] * 4
 
 
 def _exponentials(logits: Tensor, over: Over) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,7 +44,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     needs_a, needs_b = ctx.needs_input_grad
-    return (_product(grad, b.t()) if needs_a else None), (_product_over_rows(grad, a) if needs_b else None)
+    return _product(grad, b.t()) if needs_a else None, _product_over_rows(grad, a).contiguous() if needs_b else None
 
 
 torch.library.register_autograd("meristem::product", _backward, setup_context=_save, lib=_LIBRARY)
@@ -56,14 +56,21 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, m] transposed times b [n, k]: [m, k], summed over the rows."""
+    """a [n, m] transposed times b [n, k]: [m, k], summed over the rows. Its columns may be what is contiguous."""
     return _product_over_rows(a, b) if _suits_onednn(a, b) else a.t() @ b
 
 
 def _product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[1] > b.shape[1]:  # oneDNN is faster with the longer side last
-        return _product(b.t(), a.t()).t().contiguous()
+        return _product(b.t(), a.t()).t()
     return _product(a.t(), b.t())
+
+
+def zero_sum(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros like a weight [m, k] to add what `product_over_rows` gives to, in the order that this has in memory."""
+    if _suits_onednn(weight, weight) and weight.shape[0] > weight.shape[1]:
+        return weight.new_zeros(weight.shape[::-1], dtype=dtype).t()
+    return torch.zeros_like(weight, dtype=dtype)
 
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from runtime.model.tiled_attention import suits_tiles, tiled_attention
+
 _FLASH_DTYPES = torch.bfloat16, torch.float16
 """Of the kernel of GPUs, which takes heads of up to 256, in multiples of 8."""
 _CHUNK = 128
@@ -28,13 +30,17 @@ def attend(
     prefix: tuple[Tensor, Tensor] | None,
     bias: Tensor | None,
     scale: float,
+    tiled: bool = True,
 ) -> Tensor:
     """query [b, heads, s, d], key and value [b, kv_heads, keys, d], prefix keys and values [b, kv_heads, tokens, d]:
     the result is [b, heads, s, d].
 
     mask: boolean, broadcastable to [b, heads, s, keys], and no query may see later keys than a causal one; None for
-    causal, with as many keys as queries. bias: [1], added to the prefix's logits.
+    causal, with as many keys as queries. bias: [1], added to the prefix's logits. tiled: by `tiled_attention` where
+    that is faster.
     """
+    if tiled and prefix is None and suits_tiles(query, key, mask):
+        return tiled_attention(query, key, value, mask, scale)
     grouped = query.shape[1] != key.shape[1]
     if prefix is None:
         return F.scaled_dot_product_attention(

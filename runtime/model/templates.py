@@ -47,7 +47,7 @@ class _TemplateLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, coefficients, *templates = ctx.saved_tensors
         x_grad = linear(grad, mix(coefficients, templates).t())
-        weight_grad = product_over_rows(grad.flatten(0, -2), x.flatten(0, -2))
+        weight_grad = product_over_rows(grad.flatten(0, -2), x.flatten(0, -2)).contiguous()
         coefficients_grad = torch.stack([(weight_grad * template).sum() for template in templates])
         return x_grad, coefficients_grad, *(weight_grad * each for each in coefficients.unbind())
 

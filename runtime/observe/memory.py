@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from runtime.config import Config
 from runtime.data.loader import Batch
+from runtime.model.attention import Attention
 from runtime.model.cross_entropy import GPU_CHUNK
 from runtime.model.decoder import Decoder
 from runtime.model.normalization import RMSNorm, scaled
@@ -55,7 +56,7 @@ def estimate(config: Config, layout: Layout, *, device_type: str = "cpu") -> Mem
         decoder = _build_decoder(config, mesh, device_type)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             decoder.to_empty(device="cpu")
-            _take_fused_norms(decoder, device_type)
+            _take_kernels(decoder, device_type)
             tracker = AllocationTracker(fake)
             _follow_step(config, mesh, decoder, tracker, device_type)
     return MemoryEstimate({kind: tracker.peak[kind] for kind in KINDS})
@@ -141,15 +142,17 @@ def _follow_step(config: Config, mesh: Mesh, decoder: nn.Module, tracker: Alloca
             ema.update(config.batch.sequences * config.data.seq_len, result.skip)
 
 
-def _take_fused_norms(decoder: nn.Module, device_type: str) -> None:
-    """Give the norms the memory of their fused kernels, which fake tensors would not take.
+def _take_kernels(decoder: nn.Module, device_type: str) -> None:
+    """Give norms and attention the memory of the kernels of `device_type`, which fake tensors would not take.
 
     On a GPU, `F.rms_norm` keeps its input; the model's own kernel for plain tensors on a CPU keeps the
-    normalised input, and has room for the gradient once more.
+    normalised input, and has room for the gradient once more. Attention in tiles is a CPU's alone.
     """
     for module in decoder.modules():
         if isinstance(module, RMSNorm):
             module.forward = partial(_fused_norm, module, module.forward, device_type == "cpu")
+        elif isinstance(module, Attention):
+            module.tiled = device_type == "cpu"
 
 
 def _fused_norm(

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import runtime.model.grouped  # (defines meristem::grouped_product)
-import runtime.model.linear  # noqa: F401  (defines meristem::product)
+import runtime.model.linear  # (defines meristem::product)
+import runtime.model.tiled_attention  # noqa: F401  (defines meristem::tiled_attention)
 
 _aten = torch.ops.aten
 _EXPENSIVE = {
@@ -23,6 +24,7 @@ _EXPENSIVE = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.meristem.tiled_attention.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from runtime.model.cross_entropy import IGNORE, LinearCrossEntropy, Loss, Over, distill
-from runtime.model.linear import product, product_over_rows
+from runtime.model.linear import product, product_over_rows, zero_sum
 
 
 class SequenceSplitCrossEntropy(LinearCrossEntropy):
@@ -71,7 +71,7 @@ class _VocabularyParallel(torch.autograd.Function):
         cross_entropy = hidden.new_zeros((), dtype=exact)
         z = hidden.new_zeros((), dtype=exact)
         hidden_grad = torch.empty_like(hidden) if needs_gradient else None
-        weight_grad = torch.zeros_like(weight, dtype=exact) if needs_gradient else None
+        weight_grad = zero_sum(weight, exact) if needs_gradient else None
         for start in range(0, len(hidden), rows):
             chunk = hidden[start : start + rows]
             valid = (targets[start : start + rows, None] != IGNORE).to(exact)
@@ -103,5 +103,5 @@ class _VocabularyParallel(torch.autograd.Function):
     def backward(ctx, outer, outer_z):
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        gradients = (hidden_grad * outer).to(hidden_dtype), (weight_grad * outer).to(weight_dtype)
+        gradients = (hidden_grad * outer).to(hidden_dtype), (weight_grad * outer).to(weight_dtype).contiguous()
         return (*gradients, *[None] * 6)

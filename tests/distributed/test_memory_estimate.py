@@ -30,6 +30,8 @@ CASES = [
     (1, {"model": WIDE, "parallel": {"recompute": "full"}}),
     (1, {"model": WIDE, "parallel": {"recompute": "selective"}}),
     (1, {"model": WIDE, "parallel": {"precision": "bf16"}}),
+    (1, {"model": WIDE, "seq_len": 256}),
+    (1, {"model": WIDE, "seq_len": 256, "parallel": {"recompute": "selective"}}),
     (1, {"model": DEEP, "batch": {"sequences": 8, "micro_sequences": 2}}),
     (1, {"model": VOCABULARY, "batch": {"sequences": 2}}),
     (1, {"model": {**WIDE, "tie_embeddings": True, "qk_norm": True}, "optim": {"lr": 1e-3, "ema_half_life": 1000}}),
@@ -41,6 +43,7 @@ CASES = [
     (2, {"model": VOCABULARY, "batch": {"sequences": 4, "micro_sequences": 1}}),
     (2, {"model": WIDE, "parallel": {"tensor": 2}}),
     (2, {"model": WIDE, "parallel": {"tensor": 2, "recompute": "full"}}),
+    (2, {"model": WIDE, "seq_len": 256, "parallel": {"tensor": 2}}),
     (2, {"model": VOCABULARY, "batch": {"sequences": 2}, "parallel": {"tensor": 2}}),
     (4, {"model": WIDE, "parallel": {"tensor": 2, "recompute": "selective"}}),
     (4, {"model": {**WIDE, "templates": 2}, "parallel": {"tensor": 2, "recompute": "full"}}),
@@ -58,7 +61,7 @@ def config_of(changes: dict) -> Config:
     raw = {
         "run": {"name": "memory"},
         "model": {"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, **changes["model"]},
-        "data": {"sources": [{"path": "unused"}], "seq_len": 128},
+        "data": {"sources": [{"path": "unused"}], "seq_len": changes.get("seq_len", 128)},
         "batch": changes.get("batch", {"sequences": 8}),
         "optim": changes.get("optim", {"lr": 1e-3}),
         "schedule": {"horizon": 100_000},
@@ -159,6 +162,16 @@ def test_sampled_loops_need_the_memory_of_the_most_that_are_drawn():
         )
     )
     assert sampled == most > 2 * fixed
+
+
+def test_a_gpu_keeps_no_probabilities():
+    config = config_of({"model": WIDE, "seq_len": 512, "parallel": {"precision": "fp32"}})
+    cpu, gpu = (
+        estimate(config, layout_of(config, 1), device_type=device).by_kind["activations"] for device in ("cpu", "cuda")
+    )
+    sequences, layers, heads = 8, 3, 4
+    probabilities = 4 * sequences * layers * heads * sum(64 * end for end in range(64, 513, 64))
+    assert cpu - gpu > 0.8 * probabilities
 
 
 def test_recomputation_keeps_less_and_in_order():

@@ -20,6 +20,7 @@ from runtime.model.depth import Use
 from runtime.model.linear import narrowed
 from runtime.model.options import TyingConfig
 from runtime.model.templates import _TemplateLinear
+from runtime.model.tiled_attention import tiled_attention
 from runtime.parallel import gradients
 from runtime.parallel.fsdp import apply_fsdp, fsdp_modules
 from runtime.parallel.mesh import plan_layout
@@ -95,6 +96,29 @@ def alone(name: str) -> Trajectory:
 def test_a_mesh_trains_like_one_process(layout, name):
     for rank in trajectories(layout, is_slow(NAMED[name], layout)):
         assert mismatches(rank[name], alone(name)) == []
+
+
+TILED = Case("tiled", {"num_kv_heads": 2}, document_mask=True), Case("tiled_causal", {})
+
+
+def train_in_tiles(rank: int, layout: str) -> list[tuple[Trajectory, int]]:
+    """Trajectories with attention in tiles, which is for longer sequences, and how often it was."""
+    found = []
+    with (
+        patch.multiple("runtime.model.tiled_attention", _SHORTEST=1, _FEWEST_DIMS=1),
+        patch("runtime.model.prefix_attention.tiled_attention", wraps=tiled_attention) as taken,
+    ):
+        for case in TILED:
+            found.append((train_on_mesh(case, *LAYOUTS[layout]), taken.call_count))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
+def test_attention_in_tiles_trains_on_a_mesh_as_any_other_alone(layout):
+    for rank in run_workers(train_in_tiles, 2, layout):
+        for case, (trajectory, calls) in zip(TILED, rank, strict=True):
+            assert calls > 0
+            assert mismatches(trajectory, train_alone(case)) == []
 
 
 def test_a_new_option_makes_its_cases():

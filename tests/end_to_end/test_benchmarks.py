@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import architecture, bench, extras, floor, noise_scale, overhead, throughput
+from benchmarks import architecture, bench, extras, floor, noise_scale, overhead, throughput, tiled_attention
 from benchmarks.bench import SHAPES, batches
 from runtime.observe.memory import fake_world
 from runtime.parallel.mesh import build, plan_layout
@@ -117,3 +117,12 @@ def test_what_was_measured_names_the_machine(monkeypatch):
 def test_a_driver_that_does_not_tell_its_version_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert bench.driver() == "unknown"
+
+
+def test_the_bench_of_attention_in_tiles_says_where_they_are_taken(monkeypatch, capsys):
+    shapes = [tiled_attention.Shape(1, 2, 1, length, 32) for length in (64, 256)]
+    monkeypatch.setattr(tiled_attention, "SHAPES", shapes)
+    tiled_attention.main(["--rounds", "2"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[5] for row in rows] == ["causal", "documents"] * 2
+    assert [row.split()[-1] for row in rows] == ["no", "no", "yes", "yes"]

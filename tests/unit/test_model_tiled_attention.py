@@ -82,9 +82,9 @@ def test_no_later_key_is_seen():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_operator_keeps_what_torch_expects_of_one(masked):
-    *inputs, _ = drawn((2, 4, 2, 70, 32))
-    mask = documents(2, 70) if masked else None
-    opcheck(torch.ops.meristem.tiled_attention.default, (*(each.requires_grad_() for each in inputs), mask, 0.3))
+    inputs = [torch.randn(4, rows, 32, requires_grad=True) for rows in (140, 70, 70)]
+    hidden = ~documents(2, 70).squeeze(1) if masked else None
+    opcheck(torch.ops.meristem.tiled_attention.default, (*inputs, hidden))
 
 
 TAKEN = (2, 4, 2, 256, 32)
@@ -100,7 +100,9 @@ TAKEN = (2, 4, 2, 256, 32)
         (TAKEN, torch.float64, 256, None, False),
         (TAKEN, torch.bfloat16, 256, None, False),
         ((2, 4, 2, 255, 32), torch.float32, 255, None, False),
-        ((2, 4, 2, 1025, 32), torch.float32, 1025, None, False),
+        ((2, 4, 2, 513, 32), torch.float32, 513, None, False),
+        ((2, 4, 2, 513, 32), torch.float32, 513, (2, 1, 513, 513), True),
+        ((2, 4, 2, 1025, 32), torch.float32, 1025, (2, 1, 1025, 1025), False),
         ((2, 4, 2, 256, 16), torch.float32, 256, None, False),
     ],
 )
