@@ -7,6 +7,9 @@ FINISHED, DIVERGED, KILLED, RUNNING = "finished", "diverged", "killed", "running
 STATUSES = (FINISHED, DIVERGED, KILLED, RUNNING)
 """Of a run. Only finished ones have a loss that laws are fitted to; diverged ones bound the stable rates from above."""
 
+DUPLICATE = "duplicate of "
+"""How the label of a run begins that is in a table twice."""
+
 
 @dataclass(frozen=True)
 class Column:

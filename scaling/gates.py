@@ -8,8 +8,8 @@ import numpy as np
 from pandas.api.types import is_numeric_dtype
 
 from scaling.candidates import SIZES, is_amount
-from scaling.columns import FINISHED, NAMES, normalised
-from scaling.readers import DUPLICATE, UNREAD
+from scaling.columns import DUPLICATE, FINISHED, NAMES, normalised
+from scaling.readers import UNREAD
 from scaling.results import Verdict
 from scaling.table import RunTable
 

@@ -36,10 +36,10 @@ def attend(
     the result is [b, heads, s, d].
 
     mask: boolean, broadcastable to [b, heads, s, keys], and no query may see later keys than a causal one; None for
-    causal, with as many keys as queries. bias: [1], added to the prefix's logits. tiled: by `tiled_attention` where
-    that is faster.
+    causal, with as many keys as queries. bias: [1], added to the prefix's logits. tiled: for a backward by
+    `tiled_attention`, where that is faster.
     """
-    if tiled and prefix is None and suits_tiles(query, key, mask):
+    if tiled and prefix is None and torch.is_grad_enabled() and suits_tiles(query, key, mask):
         return tiled_attention(query, key, value, mask, scale)
     grouped = query.shape[1] != key.shape[1]
     if prefix is None:

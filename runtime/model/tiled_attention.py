@@ -2,7 +2,7 @@
 
 torch's kernel of the CPU goes over blocks of each head by themselves, and computes the probabilities again for the
 backward. Here one product is of many heads, keys that no query of a tile sees are left out under any mask, and the
-probabilities are kept, s^2 / 2 for each head. docs/performance.md has what that gains.
+probabilities are kept, s (s + 64) / 2 for each head. docs/performance.md has what that gains.
 
 Within, the heads that share a key are a matrix of queries [s * group, d], a query's rows after another's.
 """
@@ -17,19 +17,22 @@ _TILE = 64
 """Queries that go together."""
 _LOGITS = 2**18
 """At a time: they stay in the cache of a core until they are used."""
-_SHORTEST, _LONGEST, _LONGEST_MASKED, _FEWEST_DIMS = 256, 512, 1024, 32
-"""Of sequences and of heads for which this is faster, and the probabilities are not too many."""
+_SHORTEST, _LONGEST, _LONGEST_MASKED = 256, 512, 1024
+_FEWEST_DIMS, _FEWEST_HEADS = 32, 4
+"""Of sequences and heads for which this is faster, and the probabilities are not too many."""
 
 
 def suits_tiles(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     """Whether `tiled_attention` takes these and is faster than torch's kernel."""
+    batch, heads, length, width = query.shape
     return (
         query.is_cpu
         and query.dtype == torch.float32
-        and query.shape[2] == key.shape[2]
-        and _SHORTEST <= query.shape[2] <= (_LONGEST if mask is None else _LONGEST_MASKED)
-        and query.shape[3] >= _FEWEST_DIMS
-        and (mask is None or (mask.dim() == 4 and mask.shape[1] == 1))
+        and length == key.shape[2]
+        and _SHORTEST <= length <= (_LONGEST if mask is None else _LONGEST_MASKED)
+        and width >= _FEWEST_DIMS
+        and batch * heads >= _FEWEST_HEADS
+        and (mask is None or (mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1))
     )
 
 
@@ -77,9 +80,11 @@ def _parts(heads: int, group: int, length: int) -> Iterator[_Part]:
 
 
 def _kept(queries: Tensor, keys: Tensor) -> int:
-    """How many probabilities there are."""
+    """How many probabilities there are; without a loop, for lengths may be symbols of torch's compiler."""
     heads, length, _ = keys.shape
-    return max(part.kept.stop for part in _parts(heads, queries.shape[1] // length, length))
+    whole = length // _TILE
+    seen = _TILE**2 * whole * (whole + 1) // 2 + (length - whole * _TILE) * length
+    return heads * (queries.shape[1] // length) * seen
 
 
 def _product(a: Tensor, b: Tensor, room: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scaling.columns import COLUMNS, NAMES, TEXTS
+from scaling.columns import COLUMNS, DUPLICATE, NAMES, TEXTS
 from scaling.readers import event_files, histories, megatron, run_directory, tables, wandb_exports
 from scaling.readers.amounts import UNITS
 from scaling.readers.derived import complete, join, sizes_in_names, unknown
@@ -17,8 +17,6 @@ from scaling.readers.mapping import Mapped, check_names
 from scaling.readers.sources import Source, find
 from scaling.table import RunTable, tidy
 
-DUPLICATE = "duplicate of "
-"""How the label of a run begins that is in a table twice."""
 UNREAD = "tables or logs beside runs were not read"
 """What the note on them has in it."""
 
@@ -106,28 +104,22 @@ def _mark_duplicates(rows: list[dict], keys: list[str]) -> None:
 
 
 def _all_foreign(sources: list[Source], columns: Mapping[str, str], digests: list[str]) -> list[Mapped]:
-    """What event folders, logs and tables hold; of those that are equal in all bytes all but the first are labelled."""
+    """What event folders, logs and tables hold; of those that are equal in all bytes all but the first are labelled. A
+    chart may be a part of a run, so of those it is whole runs that are compared."""
     found: list[Mapped] = []
     charts: list[History] = []
     first: dict[tuple[str, ...], Path] = {}
     for source in sources:
         before = len(digests)
         parts = _foreign(source, columns, digests)
+        charts += [each for each in parts if isinstance(each, History)]
+        rows = [each for each in parts if isinstance(each, Mapped)]
         original = first.setdefault(tuple(digests[before:]), source.path)
         if original != source.path:
-            for each in parts:
-                _label_copy(each, original)
-        charts += [each for each in parts if isinstance(each, History)]
-        found += [each for each in parts if isinstance(each, Mapped)]
+            for each in rows:
+                each.frame["labels"] = [join(label, f"{DUPLICATE}{original}") for label in each.frame["labels"]]
+        found += rows
     return found + [histories.row(each, columns) for each in wandb_exports.joined(charts)]
-
-
-def _label_copy(part: Mapped | History, original: Path) -> None:
-    label = f"{DUPLICATE}{original}"
-    if isinstance(part, History):
-        part.labels.append(label)
-    else:
-        part.frame["labels"] = [join(each, label) for each in part.frame["labels"]]
 
 
 def _mark_repeated(frame: pd.DataFrame, sources: set[str]) -> None:

@@ -13,7 +13,15 @@ from scaling.readers.mapping import RATIOS, SIZES, Mapped
 
 MODELS = ("model", "modelname", "modelid", "arch", "architecture", "checkpoint")
 """Columns that may name a model, with its size in the name."""
-_AMOUNT = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)[ ]?(M|B|m|b)(?![A-Za-z0-9])(?![\s_\-]*tok)")
+_AMOUNT = re.compile(
+    r"(?<![A-Za-z0-9.,])(?<!(?<![A-Za-z0-9])\d_)(\d+(?:\.\d+)?)[ ]?([MBmb])(?![A-Za-z0-9])(?![\s_\-]*(?i:tok))"
+)
+_OF_ANOTHER = re.compile(
+    r"(?<![a-z0-9])(?:tok|tokens?|data|dataset|d|batch|batchsize|bs|bsz|b|ctx|context|seq|seqlen|steps?|iters?|int|fp|lr)"
+    r"[\s_=:\-]*$",
+    re.I,
+)
+"""What before an amount says that it is of something else."""
 SURELY_TOKENS = 32_768
 """A typical batch above this is one of tokens: so many sequences are in no batch."""
 APPROXIMATE = {"tokens": "C / (6 N)", "total": "C / (6 D)"}
@@ -157,12 +165,28 @@ def sizes_in_names(frame: pd.DataFrame, mapping: dict[str, str], given: Collecti
     "pythia-70m", if each has exactly one; returns the notes on it."""
     known = [name for name in ("flops", *SIZES) if name in given or (name in frame and frame[name].notna().any())]
     for name in [] if known else [each for each in frame if each == "run" or normalised(str(each)) in MODELS]:
-        amounts = [_AMOUNT.findall(str(each)) for each in frame[name]]
-        if all(len(each) == 1 for each in amounts):
-            frame["total"] = [float(number) * UNITS[unit.lower()] for ((number, unit),) in amounts]
-            mapping["total"] = f"size in the name of {name}"
-            return [
-                f"no size is known but that in {name!r}, such as {str(frame[name].iloc[0])[:60]!r}: rounded, with or "
-                'without embeddings as whoever named it had it; columns total="" leaves it out'
-            ]
+        sizes = np.array([_size_in(str(each)) for each in frame[name]])
+        if np.isnan(sizes).any() or any(_are_equal(sizes, frame, each) for each in ("tokens", "batch_tokens")):
+            continue
+        frame["total"], mapping["total"] = sizes, f"size in the name of {name}"
+        return [
+            f"no size is known but that in {name!r}, such as {str(frame[name].iloc[0])[:60]!r}: rounded, with or "
+            'without embeddings as whoever named it had it; columns total="" leaves it out'
+        ]
     return []
+
+
+def _size_in(name: str) -> float:
+    """NaN unless there is exactly one amount in a name, above zero, and no word before it that says of what else."""
+    found = list(_AMOUNT.finditer(name))
+    if len(found) != 1 or _OF_ANOTHER.search(name[: found[0].start()]):
+        return float("nan")
+    return float(found[0][1]) * UNITS[found[0][2].lower()] or float("nan")
+
+
+def _are_equal(sizes: np.ndarray, frame: pd.DataFrame, column: str) -> bool:
+    """Whether an amount is not of parameters but of this column."""
+    if column not in frame:
+        return False
+    with np.errstate(all="ignore"):
+        return bool(np.nanmax(np.abs(np.log(sizes / frame[column].to_numpy(dtype=float, na_value=np.nan)))) < 0.05)

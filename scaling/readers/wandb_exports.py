@@ -8,14 +8,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scaling.columns import normalised
+from scaling.columns import DUPLICATE, normalised
 from scaling.readers.amounts import numbers
 from scaling.readers.histories import History, Series
-from scaling.readers.losses import candidates
+from scaling.readers.losses import GENERIC, candidates, words
 from scaling.readers.mapping import SIZES, guess
 
 AXES = ("_step", "step", "global_step", "trainer/global_step", "train/global_step", "iteration", "tokens")
 RUN_NAMES = ("run", "runid", "runname", "name", "id", "expname", "experiment", "displayname")
+COMMON = GENERIC | {
+    "params", "parameters", "tokens", "lr", "rate", "learning", "batch", "size", "data", "model", "grad", "norm",
+    "optim", "throughput", "perf",
+}  # fmt: skip
+"""Words of which a table's own columns are made, as "train - loss"."""
+SAME_END = 0.9
+"""Charts of one run end at about one step: the least share of the later end that the earlier one is."""
 SET_ONCE = ("lr", "batch_sequences", "batch_tokens", "seed")
 """Columns in which runs of one size differ; in a log each has one value a step."""
 RISES, FALLS = 1 / 3, 0.1
@@ -26,9 +33,13 @@ _WIDE = re.compile(r"^(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
 
 def is_wide(names: list[str]) -> bool:
     """Whether a table is a chart's export: "run - metric" columns with their __MIN and __MAX, or with nothing but an
-    axis beside them."""
-    bounded = any(name.endswith("__MIN") for name in names) and any(name.endswith("__MAX") for name in names)
-    return bounded or (names[0].strip().lower() in AXES and len(names) > 1 and all(map(_WIDE.match, names[1:])))
+    axis beside them and names of runs that are no common words."""
+    if any(name.endswith("__MIN") for name in names) and any(name.endswith("__MAX") for name in names):
+        return True
+    matches = [_WIDE.match(name) for name in names[1:]]
+    if not matches or names[0].strip().lower() not in AXES:
+        return False
+    return all(match and not set(words(match["run"])) <= COMMON for match in matches)
 
 
 def is_long(frame: pd.DataFrame) -> bool:
@@ -86,17 +97,40 @@ def wide(frame: pd.DataFrame, path: Path) -> Iterator[History]:
 
 
 def joined(charts: Iterable[History]) -> list[History]:
-    """Charts of one folder with one run each, those of the same run and axis that show different metrics as one."""
+    """Charts of one folder with one run each, those of a run that show different metrics to about the same end as one.
+    Of runs with equal losses all but the first are labelled as its copies."""
     found: dict[tuple[Path, str, str], list[History]] = {}
     for chart in charts:
         same = found.setdefault((Path(chart.source).parent, chart.run, chart.axis), [])
-        other = next((each for each in same if not each.series.keys() & chart.series.keys()), None)
+        other = next((each for each in same if _fits(each, chart)), None)
         if other is None:
             same.append(chart)
         else:
             other.series |= chart.series
             other.labels.append(f"joined with its chart in {Path(chart.source).name}")
-    return [each for same in found.values() for each in same]
+    runs = [each for same in found.values() for each in same]
+    first: dict[tuple, History] = {}
+    for run in runs:
+        original = first.setdefault(_contents(run), run)
+        if original is not run:
+            run.labels.append(f"{DUPLICATE}{original.source}")
+    return runs
+
+
+def _fits(run: History, chart: History) -> bool:
+    """Whether a chart shows other metrics of this run."""
+    first, last = sorted((_end(run), _end(chart)))
+    return not run.series.keys() & chart.series.keys() and first >= SAME_END * last
+
+
+def _end(part: History) -> float:
+    return max((float(each.steps[-1]) for each in part.series.values() if len(each.steps)), default=0.0)
+
+
+def _contents(run: History) -> tuple:
+    """A run's losses, or all that is known of it where these are not."""
+    names = [each.name for each in candidates(run.series)] or sorted(run.series)
+    return run.run, *((name, run.series[name].steps.tobytes(), run.series[name].values.tobytes()) for name in names)
 
 
 def long(frame: pd.DataFrame, path: Path) -> Iterator[History]:

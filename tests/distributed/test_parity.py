@@ -105,10 +105,11 @@ def train_in_tiles(rank: int, layout: str) -> list[tuple[Trajectory, int]]:
     """Trajectories with attention in tiles, which is for longer sequences, and how often it was."""
     found = []
     with (
-        patch.multiple("runtime.model.tiled_attention", _SHORTEST=1, _FEWEST_DIMS=1),
+        patch.multiple("runtime.model.tiled_attention", _SHORTEST=1, _FEWEST_DIMS=1, _FEWEST_HEADS=1),
         patch("runtime.model.prefix_attention.tiled_attention", wraps=tiled_attention) as taken,
     ):
         for case in TILED:
+            taken.reset_mock()
             found.append((train_on_mesh(case, *LAYOUTS[layout]), taken.call_count))
     return found
 

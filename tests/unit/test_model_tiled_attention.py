@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from runtime.model import attention, tiled_attention
+from runtime.model import tiled_attention
 from runtime.model.attention import Attention
 from runtime.model.prefix_attention import attend
 from runtime.model.tiled_attention import suits_tiles
@@ -95,7 +96,10 @@ TAKEN = (2, 4, 2, 256, 32)
     [
         (TAKEN, torch.float32, 256, None, True),
         (TAKEN, torch.float32, 256, (1, 1, 256, 256), True),
+        (TAKEN, torch.float32, 256, (2, 1, 256, 256), True),
         (TAKEN, torch.float32, 256, (2, 4, 256, 256), False),
+        (TAKEN, torch.float32, 256, (3, 1, 256, 256), False),
+        ((1, 3, 1, 256, 32), torch.float32, 256, None, False),
         (TAKEN, torch.float32, 300, None, False),
         (TAKEN, torch.float64, 256, None, False),
         (TAKEN, torch.bfloat16, 256, None, False),
@@ -141,4 +145,25 @@ def test_a_decoder_takes_it(monkeypatch):
     decoder = build(torch.float32, head_dim=32)
     decoder(draw(1, 256))
     assert len(calls) == decoder.config.num_layers
-    assert attention.attend is attend
+    with torch.no_grad():  # where no probabilities need to be kept
+        decoder(draw(1, 256))
+    assert len(calls) == decoder.config.num_layers
+
+
+def test_batches_and_lengths_that_vary_need_few_graphs():
+    """A compiled block may be compiled a few times and then raises."""
+    compiled, graphs = CompileCounter(), []
+    attention = torch.compile(tiled, backend=compiled, fullgraph=True)
+    for batch, length in [(batch, 256) for batch in range(2, 14)] + [(3, length) for length in range(300, 500, 16)]:
+        query, key, value, _ = (each.requires_grad_() for each in drawn((batch, 4, 2, length, 32)))
+        torch.testing.assert_close(attention(query, key, value, None, 0.2), tiled(query, key, value, None, 0.2))
+        graphs.append(compiled.frame_count)
+    assert graphs[-1] <= 4 and graphs[11] == graphs[2]
+
+
+def test_how_many_probabilities_are_kept_is_what_the_parts_need():
+    for heads, group, length in [(1, 1, 1), (3, 2, 64), (5, 1, 65), (16, 4, 500), (64, 1, 1024)]:
+        queries, keys = torch.empty(heads, group * length, 8), torch.empty(heads, length, 8)
+        parts = list(tiled_attention._parts(heads, group, length))
+        assert tiled_attention._kept(queries, keys) == parts[-1].kept.stop
+        assert [part.kept.start for part in parts] == [0, *(part.kept.stop for part in parts[:-1])]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from scaling.gates import select
-from scaling.readers import read
+from scaling.readers import read, wandb_exports
 from scaling.readers.event_files import read as read_events
 
 STEPS = 1200
@@ -214,7 +214,40 @@ def test_charts_of_the_same_runs_are_one_run_each(tmp_path):
     assert runs["loss"].notna().tolist() == [True, False, False]
     assert runs["lr"].tolist() == [1e-3, 2e-3, 2e-3] and runs["tokens"].iloc[0] == STEPS * 4096
     assert "joined with its chart in lr.csv; joined with its chart in tokens.csv" in runs["labels"].iloc[0]
-    assert "duplicate of" in runs["labels"].iloc[1]  # copy.csv, that of other/lr.csv in all bytes
+    assert "duplicate of" in runs["labels"].iloc[2]  # other/lr.csv, as copy.csv
+
+
+def test_an_equal_chart_makes_no_equal_runs_and_equal_losses_do(tmp_path):
+    for folder, end in (("a", 2.5), ("b", 2.3)):
+        (tmp_path / folder).mkdir()
+        chart(tmp_path / folder / "loss.csv", train__loss=losses(end=end))
+        chart(tmp_path / folder / "lr.csv", lr=np.full(STEPS, 1e-3))
+    (tmp_path / "c").mkdir()
+    chart(tmp_path / "c" / "again.csv", train__loss=losses(end=2.3))
+    chart(tmp_path / "c" / "norm.csv", grad_norm=np.ones(STEPS))
+    table = read(
+        [tmp_path / name for name in ("a/lr.csv", "a/loss.csv", "b/lr.csv", "b/loss.csv", "c/norm.csv", "c/again.csv")]
+    )
+    copies = table.frame["labels"].str.contains("duplicate").tolist()
+    assert copies == [False] * 4 + [True] * 2 and select(table)[0].tolist() == [True] * 4 + [False] * 2
+
+
+def test_charts_that_end_elsewhere_are_of_other_runs(tmp_path):
+    chart(tmp_path / "loss.csv", train__loss=losses())
+    frame = pd.read_csv(tmp_path / "loss.csv")
+    frame["Step"] *= 100
+    frame.columns = [name.replace("train/loss", "lr") for name in frame.columns]
+    frame.to_csv(tmp_path / "lr.csv", index=False)
+    table = read([tmp_path / "loss.csv", tmp_path / "lr.csv"])
+    assert sorted(table.numbers("steps")) == [STEPS] * 2 + [100 * STEPS] * 2
+
+
+@pytest.mark.parametrize(
+    "names", [("tokens", "params - total", "loss - final"), ("step", "train - loss", "val - loss")]
+)
+def test_columns_of_common_words_are_no_chart(names):
+    assert not wandb_exports.is_wide(list(names))
+    assert wandb_exports.is_wide([names[0], "wise-owl-7 - train/loss"])
 
 
 def test_a_chart_without_bounds_has_a_run_a_column(tmp_path):
@@ -238,7 +271,15 @@ def test_a_size_that_no_logger_tells_is_that_of_the_run_s_name(tmp_path):
         (("pythia-70m", "pythia-1.4b-deduped"), [7e7, 1.4e9]),
         (("70M-10B", "160M-10B"), None),
         (("a", "70M"), None),
-        (("10B tokens", "20B tokens"), None),
+        (("10B tokens", "20B Tok"), None),
+        (("data-10B", "D=20B"), None),
+        (("batch_2M", "lr1e-3-2M"), None),
+        (("7_0B", "1_4B"), None),
+        (("1,400M", "2,800M"), None),
+        (("int 8b", "int-4b"), None),
+        (("x-1000M", "x-2000M"), None),  # these are the tokens
+        (("d12_124M", "llama-7B-2T"), [1.24e8, 7e9]),
+        (("deduped-70m", "DataDecide-c4-150M"), [7e7, 1.5e8]),
         (("model-2", "model-3"), None),
     ],
 )
