@@ -12,7 +12,7 @@ JOBS ?= 2
 
 help:
 	@echo "make quickstart   install, prepare a corpus, train a small model on two processes"
-	@echo "make ladder-quickstart   a ladder of small models, its laws and a plan: a quarter of an hour on two cores"
+	@echo "make ladder-quickstart   a ladder of small models, its laws and a plan: 20 minutes on two cores"
 	@echo "make test         the tests a contributor waits for"
 	@echo "make test-slow    the long ones too"
 	@echo "make lint         ruff and the import contracts"
