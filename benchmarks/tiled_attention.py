@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
             times = compare(shape, mask, options.rounds)
             kernel, tiles = (1e3 * sorted(each)[len(each) // 2] for each in times)
             found, low, high = ratio(times.tiles, times.kernel)
-            example = torch.empty(1, 1, shape.length, shape.head_dim)
-            taken = "yes" if suits_tiles(example, example, mask) else "no"
+            query = torch.empty(()).expand(shape.batch, shape.heads, shape.length, shape.head_dim)
+            taken = "yes" if suits_tiles(query, query, mask) else "no"
             sizes = f"{shape.batch:5} {shape.heads:5} {shape.kv_heads:8} {shape.length:6} {shape.head_dim:4}"
             print(
                 f"{sizes}  {'causal' if mask is None else 'documents':9} {kernel:5.1f} ms {tiles:5.1f} ms   "

@@ -120,7 +120,7 @@ def test_a_driver_that_does_not_tell_its_version_is_unknown(monkeypatch):
 
 
 def test_the_bench_of_attention_in_tiles_says_where_they_are_taken(monkeypatch, capsys):
-    shapes = [tiled_attention.Shape(1, 2, 1, length, 32) for length in (64, 256)]
+    shapes = [tiled_attention.Shape(2, 2, 1, length, 32) for length in (64, 256)]
     monkeypatch.setattr(tiled_attention, "SHAPES", shapes)
     tiled_attention.main(["--rounds", "2"])
     rows = capsys.readouterr().out.splitlines()[2:]
