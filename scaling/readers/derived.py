@@ -188,5 +188,6 @@ def _are_equal(sizes: np.ndarray, frame: pd.DataFrame, column: str) -> bool:
     """Whether an amount is not of parameters but of this column."""
     if column not in frame:
         return False
-    with np.errstate(all="ignore"):
-        return bool(np.nanmax(np.abs(np.log(sizes / frame[column].to_numpy(dtype=float, na_value=np.nan)))) < 0.05)
+    there = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype=float)
+    known = there > 0
+    return bool(known.any() and np.max(np.abs(np.log(sizes[known] / there[known]))) < 0.05)

@@ -8,6 +8,7 @@ import pytest
 
 from scaling.gates import select
 from scaling.readers import read, wandb_exports
+from scaling.readers.derived import sizes_in_names
 from scaling.readers.event_files import read as read_events
 
 STEPS = 1200
@@ -382,3 +383,10 @@ def test_a_run_without_the_series_that_is_asked_for_is_labelled(tmp_path):
     assert table.numbers("loss") == pytest.approx([2.9, np.nan], nan_ok=True)
     assert table.numbers("final_lr") == pytest.approx([0.0, np.nan], nan_ok=True)
     assert table.frame["labels"].tolist() == [None, "no 'val' for loss; no 'rate' for final_lr"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tokens", [[None, None], [np.nan, 0.0], ["", 2e9], [2e9, np.nan]])
+def test_sizes_in_names_need_no_known_tokens(tokens):
+    frame, mapping = pd.DataFrame({"run": ["x-70m", "y-1b"], "tokens": pd.Series(tokens, dtype=object)}), {}
+    assert sizes_in_names(frame, mapping, set()) and frame["total"].tolist() == [7e7, 1e9]
