@@ -151,8 +151,10 @@ def git_revision() -> dict[str, Any] | None:
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
+        # Without its optional lock, as a status that renews the index makes a commit beside it fail.
+        command = ("git", "--no-optional-locks", *arguments)
         try:
-            done = subprocess.run(("git", *arguments), cwd=root, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

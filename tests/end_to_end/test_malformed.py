@@ -297,7 +297,9 @@ def test_a_file_that_is_no_configuration_is_refused(folder, tmp_path, content):
 
 
 def test_a_missing_or_unreadable_configuration_is_refused(tmp_path):
-    assert_refused([Case([path], [path]) for path in ("absent.toml", str(tmp_path))])
+    (tmp_path / "a folder").mkdir()
+    paths = [str(tmp_path / name) for name in ("absent.toml", "a folder")]
+    assert_refused([Case([path], [path]) for path in paths])
 
 
 values = st.recursive(

@@ -1,5 +1,8 @@
 """What a dry run says, and that it leaves nothing behind."""
 
+import os
+import subprocess
+
 import pytest
 import torch.distributed as dist
 
@@ -204,3 +207,20 @@ def test_a_resume_keeps_the_identity_and_notes_the_new_mesh():
 def test_the_git_revision_is_that_of_this_source_or_absent():
     revision = git_revision()
     assert revision is None or (len(revision["revision"]) >= 40 and isinstance(revision["changed"], bool))
+
+
+def test_asking_for_the_revision_leaves_the_repository_alone(tmp_path, monkeypatch):
+    """A status that renews git's index holds its lock, and a commit beside it fails."""
+    root = tmp_path / "repository"
+    source = root / "runtime" / "observe" / "identity.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init",), ("add", "."), (*author, "commit", "-m", "first")):
+        subprocess.run(("git", *command), cwd=root, check=True, capture_output=True)
+    os.utime(source, (0, 0))  # as unchanged, but the index does not know it
+    before = (root / ".git" / "index").read_bytes()
+    monkeypatch.setattr("runtime.observe.identity.__file__", str(source))
+    revision = git_revision()
+    assert revision is not None and not revision["changed"]
+    assert (root / ".git" / "index").read_bytes() == before
