@@ -18,11 +18,7 @@ def grouped_product(x: Tensor, weights: Sequence[Tensor], ends: Tensor) -> Tenso
 def _grouped_product(x: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
     if _suits_grouped_mm(x, *weights[0].shape):
         return torch._grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends.int())
-    out = x.new_empty(x.shape[0], weights[0].shape[0])
-    for rows, weight in zip(_groups(ends), weights, strict=True):
-        if rows.start < rows.stop:
-            out[rows] = product(x[rows], weight)
-    return out
+    return torch.cat([product(rows, weight) for rows, weight in zip(_groups(x, ends), weights, strict=True)])
 
 
 @_grouped_product.register_fake
@@ -30,21 +26,22 @@ def _(x: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weights[0].shape[0])
 
 
-@torch.library.custom_op("meristem::grouped_outer", mutates_args=())
-def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """a [n, m] transposed times b [n, k] for each group of rows: [groups, m, k]."""
+@torch.library.custom_op("meristem::products_over_rows", mutates_args=())
+def _products_over_rows(a: Tensor, b: Tensor, ends: Tensor) -> list[Tensor]:
+    pairs = zip(_groups(a, ends), _groups(b, ends), strict=True)
+    return [product_over_rows(*pair).contiguous() for pair in pairs]
+
+
+@_products_over_rows.register_fake
+def _(a: Tensor, b: Tensor, ends: Tensor) -> list[Tensor]:
+    return [a.new_empty(a.shape[1], b.shape[1]) for _ in range(ends.shape[0])]
+
+
+def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> list[Tensor]:
+    """a [n, m] transposed times b [n, k] for each group of rows: [m, k] each."""
     if _suits_grouped_mm(a, a.shape[1], b.shape[1]):
-        return torch._grouped_mm(a.t(), b, offs=ends.int())
-    out = a.new_zeros(len(ends), a.shape[1], b.shape[1])
-    for group, rows in enumerate(_groups(ends)):
-        if rows.start < rows.stop:
-            out[group] = product_over_rows(a[rows], b[rows])
-    return out
-
-
-@_grouped_outer.register_fake
-def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    return a.new_empty(len(ends), a.shape[1], b.shape[1])
+        return list(torch._grouped_mm(a.t(), b, offs=ends.int()).unbind())
+    return _products_over_rows(a, b, ends)
 
 
 def _save(ctx, inputs: tuple[Tensor, list[Tensor], Tensor], output: Tensor) -> None:
@@ -55,16 +52,16 @@ def _save(ctx, inputs: tuple[Tensor, list[Tensor], Tensor], output: Tensor) -> N
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, list[Tensor], None]:
     x, ends, *weights = ctx.saved_tensors
     grad = grad.contiguous()
-    by_input = _grouped_product(grad, [weight.t().contiguous() for weight in weights], ends)
-    return by_input, list(_grouped_outer(grad, x, ends).unbind()), None
+    by_input = _grouped_product(grad, [weight.t() for weight in weights], ends)
+    return by_input, _grouped_outer(grad, x, ends), None
 
 
 _grouped_product.register_autograd(_backward, setup_context=_save)
 
 
-def _groups(ends: Tensor) -> list[slice]:
+def _groups(x: Tensor, ends: Tensor) -> list[Tensor]:
     stops = ends.tolist()
-    return [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
+    return [x[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
 def _suits_grouped_mm(x: Tensor, *widths: int) -> bool:
