@@ -10,7 +10,7 @@ from runtime.model.config import ModelConfig
 from runtime.model.depth import NOTHING_OWN, Use
 from runtime.model.normalization import RMSNorm
 from runtime.model.parametrization import forward_scales
-from runtime.model.prefix_attention import attend
+from runtime.model.prefix_attention import attend, suits_flash
 from runtime.model.rotary import rotate
 from runtime.model.streams import PrefixParameters
 from runtime.model.templates import build_linear
@@ -73,18 +73,18 @@ class Attention(nn.Module):
         before = prefix.of_batch(batch, self.streams, self.head_dim) if prefix is not None else None
         if probe is not None:
             probe.attention_logits(depth, largest_logit(query, key, mask, self.scale))
-        if _needs_head_for_head(query, mask):
+        bias = None if prefix is None or prefix.bias is None else prefix.bias.squeeze()
+        if _needs_head_for_head(query, mask, bias):
             key, value, *repeated = (repeat_heads(each, query) for each in (key, value, *(before or ())))
             before = tuple(repeated) if before is not None else None
-        bias = None if prefix is None or prefix.bias is None else prefix.bias.squeeze()
         y = attend(query, key, value, mask, before, bias, self.scale, self.tiled)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1), **use.delta("o_proj"))
 
 
-def _needs_head_for_head(query: Tensor, mask: Tensor | None) -> bool:
-    """On a GPU the kernels that take a mask take no groups of queries, and torch's composed attention, which does, has
-    the whole square of logits in memory."""
-    return query.is_cuda and mask is not None
+def _needs_head_for_head(query: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
+    """On a GPU the kernels that take a mask, a prefix's bias or float32 take no groups of queries, and torch's composed
+    attention, which does, has the whole square of logits in memory."""
+    return query.is_cuda and not suits_flash(query, mask, bias)
 
 
 def repeat_heads(x: Tensor, query: Tensor) -> Tensor:

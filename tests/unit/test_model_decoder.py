@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_heads_repeated_for_a_mask_change_nothing(options, monkeypatch):
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, k, *rest: widths.append(k.shape[1]) or attend(q, k, *rest))
     for repeats in (False, True):
-        monkeypatch.setattr(attention, "_needs_head_for_head", lambda query, mask, repeats=repeats: repeats)
+        monkeypatch.setattr(attention, "_needs_head_for_head", lambda *_, repeats=repeats: repeats)
         decoder = build(**options)
         loss = decoder(tokens, tokens, document_ids=ids).total
         loss.backward()
@@ -306,6 +307,23 @@ def test_every_float32_product_is_of_one_library(onednn, compiled, monkeypatch):
     assert calls[taken] == 3 * (7 * 3 + 1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width", "given", "repeats"),
+    [
+        (torch.bfloat16, 64, (None, None), False),
+        (torch.bfloat16, 64, (torch.ones(2, 2), None), True),
+        (torch.bfloat16, 64, (None, torch.zeros(1)), True),
+        (torch.bfloat16, 20, (None, None), True),
+        (torch.float32, 64, (None, None), True),
+    ],
+)
+def test_groups_of_queries_on_a_gpu_are_left_to_its_one_kernel_that_takes_them(dtype, width, given, repeats):
+    query = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(2, 4, 8, width))
+    assert attention._needs_head_for_head(query, *given) == repeats
+    query.is_cuda = False
+    assert not attention._needs_head_for_head(query, *given)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("masked", [False, True])
@@ -320,7 +338,7 @@ def test_attention_on_a_gpu_is_that_of_the_cpu(kv_heads, masked):
     for to in ({}, {"device": "cpu", "dtype": torch.float64}):
         query, key, value = (each.detach().to(**to).requires_grad_() for each in inputs)
         seen = None if mask is None else mask.to(query.device)
-        repeats = attention._needs_head_for_head(query, seen)
+        repeats = attention._needs_head_for_head(query, seen, None)
         keys, values = (attention.repeat_heads(each, query) if repeats else each for each in (key, value))
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             y = attention.attend(query, keys, values, seen, None, None, 0.125)
