@@ -199,6 +199,24 @@ def test_blocks_compile_to_one_graph_for_all_depths():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_looped_model_has_as_many_graphs_as_it_needs(monkeypatch):
+    """Trained and untrained loops, evaluation, and micro-batches of several sizes are more than torch's own limit."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    tying = {"plan": "cycle", "loops": 3, "backprop_loops": 1, "injection": "add", "own_norms": True}
+    decoder = build(torch.float32, num_layers=6, tying=tying)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in decoder.blocks:
+        compile_block(block)
+    for sequences, trains in itertools.product((4, 3, 2, 1), (True, False)):
+        tokens = draw(sequences, 20)
+        with torch.set_grad_enabled(trains):
+            loss = decoder(tokens, tokens).total
+        if trains:
+            loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+
+
 HALF = {"base_hidden_size": 16, "base_intermediate_size": 24, "base_num_heads": 2, "base_head_dim": 8}
 """A base of half the width, so that no multiplier is 1."""
 
