@@ -243,7 +243,7 @@ def report(shape: Shape, device: torch.device, dtype: torch.dtype, results: dict
     known = peak(torch.cuda.get_device_name(device), "bf16") if device.type == "cuda" else None
     print(f"{count(config).total:,} parameters, {flops:,} FLOPs a token, {tokens:,} tokens a step, {dtype}")
     if known:
-        print(f"peak {known.flops / 1e12:.0f} TFLOP/s ({known.source})")
+        print(f"peak {known.flops / 1e12:.0f} TFLOP/s in bf16, which MFU is of in float8 too ({known.source})")
     rows, ratios = {}, {}
     print(f"{'contender':16}{'ms/step':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}{'GiB':>8}{'first loss':>12}")
     for name, result in results.items():
