@@ -2,7 +2,6 @@
 
 import itertools
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,8 +79,9 @@ def test_heads_repeated_for_a_mask_change_nothing(options, monkeypatch):
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, k, *rest: widths.append(k.shape[1]) or attend(q, k, *rest))
     for repeats in (False, True):
-        monkeypatch.setattr(attention, "_needs_head_for_head", lambda *_, repeats=repeats: repeats)
         decoder = build(**options)
+        for block in decoder.blocks:
+            block.attention.as_on_gpu = repeats
         loss = decoder(tokens, tokens, document_ids=ids).total
         loss.backward()
         found.append([loss, *(each.grad for each in decoder.parameters())])
@@ -326,20 +326,17 @@ def test_every_float32_product_is_of_one_library(onednn, compiled, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "given", "repeats"),
+    ("dtype", "width", "given", "suits"),
     [
-        (torch.bfloat16, 64, (None, None), False),
-        (torch.bfloat16, 64, (torch.ones(2, 2), None), True),
-        (torch.bfloat16, 64, (None, torch.zeros(1)), True),
-        (torch.bfloat16, 20, (None, None), True),
-        (torch.float32, 64, (None, None), True),
+        (torch.bfloat16, 64, (None, None), True),
+        (torch.bfloat16, 64, (torch.ones(2, 2), None), False),
+        (torch.bfloat16, 64, (None, torch.zeros(1)), False),
+        (torch.bfloat16, 20, (None, None), False),
+        (torch.float32, 64, (None, None), False),
     ],
 )
-def test_groups_of_queries_on_a_gpu_are_left_to_its_one_kernel_that_takes_them(dtype, width, given, repeats):
-    query = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(2, 4, 8, width))
-    assert attention._needs_head_for_head(query, *given) == repeats
-    query.is_cuda = False
-    assert not attention._needs_head_for_head(query, *given)
+def test_what_the_one_kernel_of_gpus_for_groups_takes(dtype, width, given, suits):
+    assert attention.suits_flash(torch.empty(2, 4, 8, width, dtype=dtype), *given) == suits
 
 
 @pytest.mark.gpu
@@ -356,7 +353,7 @@ def test_attention_on_a_gpu_is_that_of_the_cpu(kv_heads, masked):
     for to in ({}, {"device": "cpu", "dtype": torch.float64}):
         query, key, value = (each.detach().to(**to).requires_grad_() for each in inputs)
         seen = None if mask is None else mask.to(query.device)
-        repeats = attention._needs_head_for_head(query, seen, None)
+        repeats = query.is_cuda and not attention.suits_flash(query, seen, None)
         keys, values = (attention.repeat_heads(each, query) if repeats else each for each in (key, value))
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             y = attention.attend(query, keys, values, seen, None, None, 0.125)
