@@ -74,12 +74,17 @@ def configuration(options: argparse.Namespace, folder: Path) -> RunConfiguration
     )
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
+def now() -> float:
+    """The wall's clock, when the device has done all that it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = now()
+    action()
+    return now() - start
 
 
 def live(config: RunConfiguration, rounds: int) -> dict[str, list[float]]:
@@ -92,9 +97,9 @@ def live(config: RunConfiguration, rounds: int) -> dict[str, list[float]]:
     ):
         for turn in range(rounds + 1):
             save(trainer)
-            began = time.perf_counter()
+            began = now()
             with open_segment(session, growing(session, trainer, config.growth[0])) as grown:
-                growth = time.perf_counter() - began
+                growth = now() - began
                 save(grown)
                 name = grown.parts.persistence.store.newest()
                 apart = seconds(partial(save, trainer)) + seconds(partial(grown.parts.persistence.load, name))

@@ -221,6 +221,7 @@ def _value(
     else:
         value = round_rate(estimate.value)
     warnings += unlike(fit, config)
+    warnings += [f"law of {quantity} ({fit.law}): {each.message}" for each in fit.verdicts if each.level != "ok"]
     return {
         "value": value,
         "exact": estimate.value,

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         prog="compare",
         description="Say what runs cost to come to the same losses: tokens, FLOPs over all ancestors, and wall time, "
         "each beside the first run. What one run did not reach is shown as a bound.",
-        epilog="See docs/sweeps.md.",
+        epilog="Exit codes: 0 done, 2 bad input. See docs/sweeps.md.",
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder, or its name in runs/; several seeds of one as "
@@ -128,6 +128,7 @@ def show(rows: "Sequence[Row]", notes: Sequence[str]) -> None:
     """The table, and what is to be known of it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("loss", justify="right")
@@ -137,7 +138,7 @@ def show(rows: "Sequence[Row]", notes: Sequence[str]) -> None:
         table.add_column("ratio", justify="right")
     last = None
     for row in rows:
-        cells = [f"{row.level:.4f}" if row.level != last else "", row.group]
+        cells = [f"{row.level:.4f}" if row.level != last else "", Text(row.group)]
         for cost in TITLES:
             cells += [told(row.costs[cost], cost), told_ratio(row.ratios[cost])]
         table.add_row(*cells)

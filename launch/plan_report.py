@@ -196,4 +196,12 @@ def _comments(plan: Plan, laws: Laws) -> list[str]:
 
 
 def _warnings(plan: Plan) -> list[str]:
-    return [f"warning: {each.message}" for each in plan.decision.verdicts if each.level != "ok"]
+    """Of the decision, and of the laws that it is by."""
+    said = [each.message for each in plan.decision.verdicts if each.level != "ok"]
+    said += [
+        f"law of {quantity} ({fit.law}): {each.message}"
+        for quantity, fit in plan.fits.items()
+        for each in fit.verdicts
+        if each.level != "ok"
+    ]
+    return [f"warning: {each}" for each in said]

@@ -248,16 +248,18 @@ def read_first(run: Run) -> float | None:
 
 
 def devices(slot: int, jobs: int, processes: int) -> dict[str, str]:
-    """What gives each of several runs at a time GPUs of its own, where there are as many."""
+    """What gives each of several runs at a time GPUs of its own, or spreads them evenly where there are fewer."""
     if jobs == 1:
         return {}
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = named.split(",") if named else [str(each) for each in range(torch.cuda.device_count())]
-    if len(there) < jobs * processes:
+    places = len(there) // processes
+    if not places:
         return {}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(there[slot * processes : (slot + 1) * processes])}
+    first = slot % places * processes
+    return {"CUDA_VISIBLE_DEVICES": ",".join(there[first : first + processes])}
 
 
 def duration(seconds: float) -> str:

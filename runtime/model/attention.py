@@ -10,7 +10,7 @@ from runtime.model.config import ModelConfig
 from runtime.model.depth import NOTHING_OWN, Use
 from runtime.model.normalization import RMSNorm
 from runtime.model.parametrization import forward_scales
-from runtime.model.prefix_attention import attend
+from runtime.model.prefix_attention import attend, suits_flash
 from runtime.model.rotary import rotate
 from runtime.model.streams import PrefixParameters
 from runtime.model.templates import build_linear
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         self.streams, self.scale = config.streams.count, forward_scales(config).attention
-        self.tiled = True
+        self.as_on_gpu = False  # for a trace on fake tensors of a CPU
         self.q_proj = build_linear(config, hidden, config.num_heads * self.head_dim)
         self.k_proj = build_linear(config, hidden, config.num_kv_heads * self.head_dim)
         self.v_proj = build_linear(config, hidden, config.num_kv_heads * self.head_dim)
@@ -73,22 +73,21 @@ class Attention(nn.Module):
         before = prefix.of_batch(batch, self.streams, self.head_dim) if prefix is not None else None
         if probe is not None:
             probe.attention_logits(depth, largest_logit(query, key, mask, self.scale))
-        if _needs_head_for_head(query, mask):
+        bias = None if prefix is None or prefix.bias is None else prefix.bias.squeeze()
+        on_gpu = query.is_cuda or self.as_on_gpu
+        if on_gpu and not suits_flash(query, mask, bias):
             key, value, *repeated = (repeat_heads(each, query) for each in (key, value, *(before or ())))
             before = tuple(repeated) if before is not None else None
-        bias = None if prefix is None or prefix.bias is None else prefix.bias.squeeze()
-        y = attend(query, key, value, mask, before, bias, self.scale, self.tiled)
+        y = attend(query, key, value, mask, before, bias, self.scale, not on_gpu)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1), **use.delta("o_proj"))
 
 
-def _needs_head_for_head(query: Tensor, mask: Tensor | None) -> bool:
-    """On a GPU the kernels that take a mask take no groups of queries, and torch's composed attention, which does, has
-    the whole square of logits in memory."""
-    return query.is_cuda and mask is not None
-
-
 def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
-    """Keys, values or those of a prefix [b, kv_heads, n, d] as [b, heads, n, d]: one for each of the query's heads."""
+    """Keys, values or those of a prefix [b, kv_heads, n, d] as [b, heads, n, d]: one for each of the query's heads.
+
+    The kernels of a GPU that take a mask, a prefix's bias or float32 take no groups of queries, and torch's composed
+    attention, which does, has the whole square of logits in memory.
+    """
     return x.repeat_interleave(query.shape[1] // x.shape[1], 1) if x.shape[1] != query.shape[1] else x
 
 

@@ -49,10 +49,15 @@ def attend(
     if query.is_cpu:
         key, value = (torch.cat(pair, 2) for pair in zip(prefix, (key, value), strict=True))
         return _InParts.apply(query, key, value, mask, bias, prefix[0].shape[2], scale)
-    fits = query.dtype in _FLASH_DTYPES and query.shape[3] % 8 == 0 and query.shape[3] <= 256
-    if mask is None and bias is None and fits:
+    if suits_flash(query, mask, bias):
         return by_flash(query, key, value, prefix, scale)
     return with_mask(query, key, value, mask, prefix, bias, scale)
+
+
+def suits_flash(query: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the kernel of GPUs takes these; it alone takes groups of queries."""
+    width = query.shape[3]
+    return mask is None and bias is None and query.dtype in _FLASH_DTYPES and width % 8 == 0 and width <= 256
 
 
 def by_flash(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scale: float) -> Tensor:

@@ -146,13 +146,14 @@ def _take_kernels(decoder: nn.Module, device_type: str) -> None:
     """Give norms and attention the memory of the kernels of `device_type`, which fake tensors would not take.
 
     On a GPU, `F.rms_norm` keeps its input; the model's own kernel for plain tensors on a CPU keeps the
-    normalised input, and has room for the gradient once more. Attention in tiles is a CPU's alone.
+    normalised input, and has room for the gradient once more. Attention in tiles is a CPU's alone, and keys and
+    values that are repeated for a mask are a GPU's.
     """
     for module in decoder.modules():
         if isinstance(module, RMSNorm):
             module.forward = partial(_fused_norm, module, module.forward, device_type == "cpu")
         elif isinstance(module, Attention):
-            module.tiled = device_type == "cpu"
+            module.as_on_gpu = device_type != "cpu"
 
 
 def _fused_norm(

@@ -43,8 +43,8 @@ class Shares:
     """What is reached of the vendors' figures. Assumptions: see docs/performance.md.
 
     Published for bf16 are 39 % MFU on H100s of less power (torchtitan, 8 B, selective recomputation, compiled) and
-    57.8 % on an H200 with full recomputation (KempnerForge, 8 B), which is 77 % of the peak if what is recomputed
-    counts.
+    54.5 % on an H200 with full recomputation (KempnerForge, 8 B; 57.8 % as it counts), which is 72 % of the peak if
+    what is recomputed counts.
     """
 
     compute: float = 0.6

@@ -17,6 +17,10 @@ from runtime.parallel.recompute import recompute
 from runtime.parallel.shards import local_indices
 from runtime.parallel.tensor_parallel import apply_tensor_parallel
 
+_GRAPHS = 32
+"""That blocks may have. Training and evaluation, loops without a backward and micro-batches of a few sizes, the last
+one of one sequence, are a graph each: a looped model comes to more than torch's 8, beyond which it is an error."""
+
 
 def parallelize(decoder: Decoder, mesh: Mesh, parallel: ParallelConfig) -> Decoder:
     """Spread a decoder, best one on the meta device, over a mesh, in place.
@@ -53,6 +57,7 @@ def compute_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.devi
 def compile_block(block: nn.Module) -> None:
     """Compile a block's forward as one graph, which equal blocks and all depths share. Generation and observation,
     which need Python objects and the depth as a number, stay eager."""
+    torch._dynamo.config.recompile_limit = _GRAPHS
     eager, compiled = block.forward, torch.compile(block.forward, fullgraph=True)
 
     def forward(_: nn.Module, x, cos, sin, mask, use, cache=None, probe=None, depth=0):

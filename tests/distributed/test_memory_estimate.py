@@ -174,6 +174,19 @@ def test_a_gpu_keeps_no_probabilities():
     assert cpu - gpu > 0.8 * probabilities
 
 
+def test_a_gpu_keeps_keys_and_values_that_are_repeated_for_a_mask():
+    model = {**WIDE, "num_kv_heads": 1}
+    config = config_of({"model": model, "seq_len": 512, "parallel": {"precision": "bf16"}})
+    masked = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": True})})
+    cpu, gpu = (
+        [estimate(each, layout_of(each, 1), device_type=device).by_kind["activations"] for each in (config, masked)]
+        for device in ("cpu", "cuda")
+    )
+    sequences, layers, more_heads, head_dim = 8, 3, 3, 32
+    repeated = 2 * 2 * sequences * 512 * layers * more_heads * head_dim
+    assert (gpu[1] - gpu[0]) - (cpu[1] - cpu[0]) == repeated
+
+
 def test_recomputation_keeps_less_and_in_order():
     totals = [
         estimate(config, layout_of(config, 1)).by_kind["activations"]

@@ -39,6 +39,17 @@ def test_our_contenders_take_a_step_with_recomputation(name, quickly_compiled):
     assert losses[0][1] != losses[0][0]
 
 
+@pytest.mark.parametrize("build", [throughput.ours, throughput.hugging_face, throughput.plain])
+def test_contenders_are_built_in_their_precision(build, monkeypatch):
+    if build is throughput.hugging_face:
+        pytest.importorskip("transformers")
+    models = []
+    monkeypatch.setattr(throughput, "optimize", lambda model, loss: models.append(model))
+    build(SHAPES["tiny"], CPU, torch.bfloat16, False)
+    assert {each.dtype for each in models[0].parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+
+
 @pytest.mark.parametrize(
     ("shape", "gigabytes", "most"), [("8B", 150, 2), ("8B", 80, 0), ("1B", 80, 5), ("1B", 150, 12)]
 )

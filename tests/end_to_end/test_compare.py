@@ -51,6 +51,11 @@ def test_a_run_twice_as_fast_costs_half(runs, capsys):
     assert (runs / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_are_shown_as_they_are(runs, capsys):
+    assert compare.main(["base", "seeds [red]:seed-0,seed-1", "--levels", "2.2"]) == 0
+    assert "seeds [red]" in capsys.readouterr().out
+
+
 def test_seeds_are_one_entry_with_an_interval(runs, capsys):
     assert compare.main(["base:base,short", "fast:seed-0,seed-1,seed-2", "runs/seed-*"]) == 0
     printed = capsys.readouterr().out

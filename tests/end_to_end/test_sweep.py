@@ -314,7 +314,8 @@ def test_two_runs_at_a_time_have_gpus_of_their_own_where_there_are_as_many(monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
     assert sweep_queue.devices(0, 1, 1) == {}
     assert [sweep_queue.devices(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["3,5", "6,7"]
-    assert sweep_queue.devices(0, 3, 2) == {}
+    assert [sweep_queue.devices(slot, 3, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3,5", "6,7", "3,5"]
+    assert sweep_queue.devices(0, 2, 5) == {}
 
 
 def test_a_file_that_a_sweep_keeps_lies_beside_the_runs(tmp_path):

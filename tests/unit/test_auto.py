@@ -16,7 +16,7 @@ from launch.growth_config import segments
 from runtime.model.counts import count, flops_per_token
 from runtime.observe.identity import identity
 from scaling.laws_file import write
-from scaling.results import Analysis
+from scaling.results import Analysis, Verdict
 from scaling.table import RunTable
 from tests.fits import batch_fit, fit, rate_fit
 
@@ -90,6 +90,14 @@ def test_a_law_of_the_batch_sees_the_rounded_batch(preset, tmp_path):
     path = write_laws(tmp_path / "laws.json", square_root, batch_fit())
     config = compose(preset, [f"law.source={path}"])
     assert config.optim.lr == pytest.approx(1e-6 * math.sqrt(config.batch.sequences * 2048), rel=5e-3)
+
+
+def test_warnings_of_a_law_are_recorded(preset, tmp_path):
+    few = Verdict("warning", "few_cells", "5 cells for 3 coordinates")
+    path = write_laws(tmp_path / "laws.json", replace(rate_fit(), verdicts=(few,)), batch_fit())
+    values = compose(preset, [f"law.source={path}"]).law_record["values"]
+    assert "law of lr (step_law_lr): 5 cells for 3 coordinates" in values["optim.lr"]["warnings"]
+    assert not any("5 cells" in each for each in values["batch.sequences"]["warnings"])
 
 
 def test_a_law_of_a_file_is_recorded_with_its_interval(preset, tmp_path):

@@ -79,8 +79,9 @@ def test_heads_repeated_for_a_mask_change_nothing(options, monkeypatch):
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, k, *rest: widths.append(k.shape[1]) or attend(q, k, *rest))
     for repeats in (False, True):
-        monkeypatch.setattr(attention, "_needs_head_for_head", lambda query, mask, repeats=repeats: repeats)
         decoder = build(**options)
+        for block in decoder.blocks:
+            block.attention.as_on_gpu = repeats
         loss = decoder(tokens, tokens, document_ids=ids).total
         loss.backward()
         found.append([loss, *(each.grad for each in decoder.parameters())])
@@ -198,6 +199,24 @@ def test_blocks_compile_to_one_graph_for_all_depths():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_looped_model_has_as_many_graphs_as_it_needs(monkeypatch):
+    """Trained and untrained loops, evaluation, and micro-batches of several sizes are more than torch's own limit."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    tying = {"plan": "cycle", "loops": 3, "backprop_loops": 1, "injection": "add", "own_norms": True}
+    decoder = build(torch.float32, num_layers=6, tying=tying)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in decoder.blocks:
+        compile_block(block)
+    for sequences, trains in itertools.product((4, 3, 2, 1), (True, False)):
+        tokens = draw(sequences, 20)
+        with torch.set_grad_enabled(trains):
+            loss = decoder(tokens, tokens).total
+        if trains:
+            loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+
+
 HALF = {"base_hidden_size": 16, "base_intermediate_size": 24, "base_num_heads": 2, "base_head_dim": 8}
 """A base of half the width, so that no multiplier is 1."""
 
@@ -306,6 +325,20 @@ def test_every_float32_product_is_of_one_library(onednn, compiled, monkeypatch):
     assert calls[taken] == 3 * (7 * 3 + 1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width", "given", "suits"),
+    [
+        (torch.bfloat16, 64, (None, None), True),
+        (torch.bfloat16, 64, (torch.ones(2, 2), None), False),
+        (torch.bfloat16, 64, (None, torch.zeros(1)), False),
+        (torch.bfloat16, 20, (None, None), False),
+        (torch.float32, 64, (None, None), False),
+    ],
+)
+def test_what_the_one_kernel_of_gpus_for_groups_takes(dtype, width, given, suits):
+    assert attention.suits_flash(torch.empty(2, 4, 8, width, dtype=dtype), *given) == suits
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("masked", [False, True])
@@ -320,7 +353,7 @@ def test_attention_on_a_gpu_is_that_of_the_cpu(kv_heads, masked):
     for to in ({}, {"device": "cpu", "dtype": torch.float64}):
         query, key, value = (each.detach().to(**to).requires_grad_() for each in inputs)
         seen = None if mask is None else mask.to(query.device)
-        repeats = attention._needs_head_for_head(query, seen)
+        repeats = query.is_cuda and not attention.suits_flash(query, seen, None)
         keys, values = (attention.repeat_heads(each, query) if repeats else each for each in (key, value))
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             y = attention.attend(query, keys, values, seen, None, None, 0.125)

@@ -26,7 +26,7 @@ from scaling import decisions, optima
 from scaling.laws import find
 from scaling.laws_file import write
 from scaling.proposal import allocate, law_for, value_at
-from scaling.results import Analysis, Bowl, Estimate
+from scaling.results import Analysis, Bowl, Estimate, Verdict
 from scaling.table import RunTable, tidy
 from tests.fits import HOFFMANN, batch_fit, fit, loss_fit, rate_fit
 
@@ -243,6 +243,14 @@ def test_a_law_that_is_not_identified_is_an_answer(tmp_path, capsys, quantity):
     assert "--next K --budget FLOPS" in err
     given, *_ = run(capsys, "--laws", laws, "--params", "1B", "--tokens", "10B")
     assert given == (0 if quantity == "loss" else 3)
+
+
+def test_warnings_of_the_laws_are_told(tmp_path, preset, capsys):
+    soft = Verdict("warning", "interval", "E is known to 1.05 only")
+    fits = replace(loss_fit(), verdicts=(soft,)), *small_fits()[1:]
+    for asked in (["--compute", "2e20"], ["--params", "200K", "--tokens", "1M", "--config", preset]):
+        code, out, _ = run(capsys, "--laws", write_laws(tmp_path, *fits), *asked, "--far")
+        assert code == 0 and "warning: law of loss (chinchilla): E is known to 1.05 only" in out
 
 
 def test_far_extrapolation_is_warned_of_and_then_refused(laws, capsys):
