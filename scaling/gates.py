@@ -115,7 +115,7 @@ def _keep_largest_pool(table: RunTable, keys: list[str], kept: np.ndarray, leave
         return
     largest, size = counts.most_common(1)[0]
     differing = [name for k, name in enumerate(keys) if len({group[k] for group in counts}) > 1]
-    told = ", ".join(f"{name} {largest[keys.index(name)]!r}" for name in differing)
+    told = ", ".join(f"{name} {str(largest[keys.index(name)])!r}" for name in differing)
     others = np.array([group != largest for group in groups])
     leave_out(
         others, "pool",

@@ -57,6 +57,7 @@ def test_runs_that_differ_are_pooled_only_when_asked(column):
     kept, verdicts = select(mixed)
     assert kept.tolist() == [False] * 4 + [True] * 7 + [False]
     assert column in codes(verdicts)["pool"].message and "5 runs" in codes(verdicts)["pool"].message
+    assert "np." not in codes(verdicts)["pool"].message
     kept, verdicts = select(mixed, pool=(column,))
     assert kept.all() and "mixed" in codes(verdicts)
 
