@@ -40,12 +40,14 @@ COLUMNS = (
             "ntotal", "totalparams", "totalparameters", "paramstotal", "parameterstotal", "ntotalparams", "params",
             "parameters", "nparams", "nparameters", "numparams", "numparameters", "numberofparameters", "paramcount",
             "parametercount", "parameterscount", "paramscount", "modelsize", "modelparams", "modelparameters", "size",
+            "totalparametercount", "totalparamcount", "nwemb", "nwithemb", "nwithembedding", "nwithembeddings",
         ),
         least=1e3,
     ),
     Column(
         "non_embedding", "parameters without embedding and head",
         aliases=(
+            "nnoemb", "nnoembed", "nnoembedding",
             "nnonemb", "nnonembed", "nnonembedding", "nonemb", "nonembparams", "nonembedparams", "nonembeddingparams",
             "nonembeddingparamsize", "nonembeddingparameters", "nonembeddingsize", "nonembeddingcount",
             "paramsnonemb", "paramsnonembed", "paramsnonembedding", "paramsnoembed", "paramsnoemb",

@@ -6,7 +6,7 @@ A unit is taken from a name ("params_M", "tokens (B)") or a value ("70M") only w
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,8 @@ NOT_AN_AMOUNT = frozenset((
     "throughput", "gpu", "device", "rank", "embedding", "embeddings", "emb", "vocab", "mult", "multiplier", "min",
     "final", "end", "decay", "warmup", "scale", "eval", "val", "test", "id", "type",
 ))  # fmt: skip
+WHOLE = replace(COLUMNS[NAMES.index("total")], symbols=("N", "n"))
+"""Beside a column of parameters without embeddings the symbol is all of them."""
 MOSTLY = 0.5
 """Share of texts from which on a column is one of texts, and not a spoiled one of numbers."""
 RATIOS = ("tokensperparam", "tokensperparameter", "tokensparamratio", "tpp", "tokenmultiplier")
@@ -89,6 +91,8 @@ def guess(frame: pd.DataFrame, columns: Mapping[str, str], where: str, *, with_l
         used |= _take_loss(found, frame, used, where)
     wanted = [each for each in COLUMNS if each.name not in columns and each.name not in ("loss", "source", "labels")]
     for by in (BY_NAME, BY_LAST_PART, BY_SYMBOL):
+        if by == BY_SYMBOL and "non_embedding" in found.frame:
+            wanted = [WHOLE if each.name == "total" else each for each in wanted]
         for column in wanted:
             if column.name not in found.frame:
                 used |= _take(found, frame, column, by, used, where)

@@ -1,10 +1,12 @@
 """Plain tables: CSV, JSON lines, JSON and Parquet, with one row a run or one row a logged step."""
 
 import csv
+import gzip
 import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,19 @@ NOT_A_NUMBER = "\0NaN"
 """What JSON's NaN is until it can be told from null no more."""
 
 
+def suffix_of(path: Path) -> str:
+    """The end of a file's name that says what it holds: that before ".gz" of a compressed one."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
 def load(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """A table as it stands, where a cell is written as "nan" and not just empty (its shape, of bool), and the SHA-256
     of its file. ValueError, naming the file and where it can the line, for what is no table."""
     data = path.read_bytes()
     try:
-        frame, odd = _parse(path, data)
+        frame, odd = _parse(path, gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: not a whole gzip file: {error}") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, csv.Error) as error:
         raise ValueError(f"{path}: not a table that can be read: {str(error).strip()}") from None
     for name in frame.select_dtypes(object):
@@ -131,7 +140,7 @@ def _refuse_unreadable(found: Mapped, path: Path) -> None:
 
 def _parse(path: Path, data: bytes) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table, and where it has a written "nan"."""
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix == ".parquet" or data[:4] == b"PAR1":
         import pyarrow
 
@@ -187,7 +196,7 @@ def _delimited(path: Path, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     lines = text.splitlines()
     comments = _comments(lines)
     header = lines[comments]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(DELIMITERS, key=header.count)
+    delimiter = "\t" if suffix_of(path) == ".tsv" else max(DELIMITERS, key=header.count)
     if header.count(delimiter) == 0:
         delimiter = ","
     if not all(character.isprintable() or character == "\t" for character in header):

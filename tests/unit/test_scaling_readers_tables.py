@@ -1,5 +1,6 @@
 """Tables with one row a run: which column is which, and what follows from others."""
 
+import gzip
 import json
 
 import numpy as np
@@ -138,6 +139,8 @@ def test_losses_that_only_their_data_tells_apart_are_not_guessed(names):
         ("non-embedding params", ["1,000,000", "2_000_000"], "non_embedding", [1e6, 2e6]),
         ("config.optim.lr", [1e-3, 2e-3], "lr", [1e-3, 2e-3]),
         ("dense_parameter_count", [1e8, 2e8], "total", [1e8, 2e8]),
+        ("total_parameter_count", [1e8, 2e8], "total", [1e8, 2e8]),
+        ("N_w_emb", [1e8, 2e8], "total", [1e8, 2e8]),
         ("peak_lr", [1e-3, 2e-3], "lr", [1e-3, 2e-3]),
         ("batch_size", [524288, 1048576], "batch_tokens", [524288, 1048576]),
         ("compute_pf_days", [1.0, 2.0], "flops", [8.64e19, 17.28e19]),
@@ -147,6 +150,12 @@ def test_names_and_units_are_understood(tmp_path, name, values, column, expected
     base = {"D": [1e10, 2e10], "loss": [3.0, 2.9]} if column != "tokens" else {"loss": [3.0, 2.9]}
     table = columns(tmp_path, **{name: values}, **base)
     assert table.numbers(column) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("other", ["N_no_emb", "non-embedding params"])
+def test_n_is_all_parameters_beside_those_without_embeddings(tmp_path, other):
+    table = columns(tmp_path, **{"N": [1e8, 2e8], other: [8e7, 1.7e8]}, D=[1e9, 2e9], loss=[3.0, 2.9])
+    assert (table.mapping["total"], table.mapping["non_embedding"]) == ("N", other)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +407,19 @@ def test_other_formats_are_the_same_table(tmp_path, suffix):
     assert table.numbers("non_embedding").tolist() == [1e8, 2e8] and table.numbers("lr").tolist() == [1e-3, 2e-3]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("t.csv.gz", "N,D,loss\n1e8,1e9,3\n"),
+     ("t.tsv.gz", "N\tD\tloss\n1e8\t1e9\t3\n"), ("t.csv", "N,D,loss\n1e8,1e9,3\n"),
+     ("t.jsonl.gz", '{"N": 1e8, "D": 1e9, "loss": 3}\n'), ("t.JSON.GZ", '[{"N": 1e8, "D": 1e9, "loss": 3}]')],
+)  # fmt: skip
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_compressed_table_is_the_table(tmp_path, name, text, as_folder):
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    table = read([tmp_path if as_folder else tmp_path / name])
+    assert (table.numbers("non_embedding").tolist(), table.numbers("loss").tolist()) == ([1e8], [3.0])
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_a_list_in_a_cell_is_a_text(tmp_path, suffix):
     rows = pd.DataFrame({"N": [1e8, 2e8, 2e8], "D": 1e9, "loss": [3.0, 2.9, 2.9], "betas": [[0.9, 0.95]] * 3})
@@ -444,6 +466,8 @@ def test_a_folder_of_tables_is_one_table(tmp_path):
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary"),
         (b"\xff\xfe\xfd\xfc garbage", "not UTF-8"),
         (b"", "empty"),
+        (gzip.compress(b"N,D,loss\n1e8,1e9,3\n")[:-9], "not a whole gzip file"),
+        (b"\x1f\x8b garbage", "not a whole gzip file"),
         (b"N,D,loss\n", "no rows"),
         (b'N,D,loss\n1,2,"3\n', "not a table"),
     ],
@@ -506,3 +530,14 @@ def test_a_sweep_of_seeds_at_one_step_is_a_run_a_row(tmp_path):
     table = columns(tmp_path, params=[1e8] * 4, step=[10, 10, 20, 20], D=[1e9] * 4, seed=[0, 1] * 2,
                     loss=[3.0, 3.1, 2.9, 2.8])  # fmt: skip
     assert len(table) == 4
+
+
+@pytest.mark.parametrize(("loss", "given"), [("final_loss", {}), ("loss", {"run": ""}), ("end loss", {"run": "model"})])
+def test_losses_at_the_end_of_branches_are_a_run_a_row(tmp_path, loss, given):
+    rows = {"model": ["a"] * 3 + ["b"] * 3, "run_name": ["a"] * 3 + ["b"] * 3, "params": [1e8] * 3 + [2e8] * 3}
+    path = tmp_path / "t.csv"
+    frame = pd.DataFrame(rows | {"step": [10, 20, 30] * 2, "D": [1e9, 2e9, 3e9] * 2, loss: np.linspace(3, 2, 6)})
+    frame.to_csv(path, index=False)
+    table = read([path], columns=given)
+    assert table.numbers("loss").tolist() == np.linspace(3, 2, 6).tolist()
+    assert table.numbers("tokens").tolist() == [1e9, 2e9, 3e9] * 2
