@@ -76,7 +76,7 @@ def analysed(arguments: argparse.Namespace, command: str) -> "Analysis":
     if arguments.replicates < 0:
         raise ValueError(f"--replicates {arguments.replicates}: accepted is 0 or more")
     targets = [target(each) for each in arguments.target]
-    columns = pairs("--columns", arguments.columns)
+    columns = pairs("--columns", arguments.columns, may_be_empty=True)
     constants = {name: constant(value) for name, value in pairs("--set", arguments.set).items()}
     progress = Progress()
     progress("reading")
@@ -106,12 +106,12 @@ class Progress:
         print(f"{time.monotonic() - self.began:6.1f} s  {step}", file=sys.stderr, flush=True)
 
 
-def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+def pairs(option: str, given: Sequence[str], *, may_be_empty: bool = False) -> dict[str, str]:
     """NAME=VALUE of each. ValueError for anything else, and for a name given twice."""
     found: dict[str, str] = {}
     for each in given:
         name, equals, value = (part.strip() for part in each.partition("="))
-        if not (name and equals and value):
+        if not (name and equals and (value or may_be_empty)):
             raise ValueError(f"{option} {each!r}: accepted is NAME=VALUE")
         if name in found:
             raise ValueError(f"{option}: {name} is given twice")

@@ -25,14 +25,15 @@ SAME = 0.02
 def levels(values: np.ndarray, same: float = SAME) -> np.ndarray:
     """Which level each value is of, counted from the lowest, (n,) of int; -1 where it is unknown.
 
-    A new level begins where the next value is more than a factor 1 + `same` larger.
+    A new level begins where a value is more than a factor 1 + `same` larger than the lowest of the level before, so
+    that a dense row of values, as of checkpoints, is not one level.
     """
     known, found = np.isfinite(values), np.full(len(values), -1)
-    if known.any():
-        unique = np.unique(values[known])
-        scale = np.maximum(np.abs(unique[:-1]), 1e-300)
-        steps = np.concatenate([[0], np.cumsum(np.diff(unique) > same * scale)])
-        found[known] = steps[np.searchsorted(unique, values[known])]
+    unique, starts, place = np.unique(values[known]), [], 0
+    while place < len(unique):
+        starts.append(unique[place])
+        place = np.searchsorted(unique, starts[-1] + same * max(abs(starts[-1]), 1e-300), side="right")
+    found[known] = np.searchsorted(starts, values[known], side="right") - 1
     return found
 
 

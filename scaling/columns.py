@@ -28,7 +28,8 @@ class Column:
 COLUMNS = (
     Column(
         "run", "name of the run", "text",
-        ("runname", "runid", "name", "displayname", "expname", "experimentname", "experiment", "id", "modelname"),
+        ("runname", "runid", "name", "displayname", "expname", "experimentname", "experiment", "id",
+         "jobname", "modelname"),
     ),
     Column("source", "file or folder it was read from", "text"),
     Column("status", "finished, diverged, killed or running", "text", ("state", "runstate", "outcome")),
@@ -39,13 +40,16 @@ COLUMNS = (
         aliases=(
             "ntotal", "totalparams", "totalparameters", "paramstotal", "parameterstotal", "ntotalparams", "params",
             "parameters", "nparams", "nparameters", "numparams", "numparameters", "numberofparameters", "paramcount",
-            "parametercount", "parameterscount", "paramscount", "modelsize", "modelparams", "modelparameters", "size",
+            "parametercount", "parameterscount", "paramscount", "param", "modelsize", "modelparams", "modelparameters",
+            "size",
+            "totalparametercount", "totalparamcount", "nwemb", "nwithemb", "nwithembedding", "nwithembeddings",
         ),
         least=1e3,
     ),
     Column(
         "non_embedding", "parameters without embedding and head",
         aliases=(
+            "nnoemb", "nnoembed", "nnoembedding",
             "nnonemb", "nnonembed", "nnonembedding", "nonemb", "nonembparams", "nonembedparams", "nonembeddingparams",
             "nonembeddingparamsize", "nonembeddingparameters", "nonembeddingsize", "nonembeddingcount",
             "paramsnonemb", "paramsnonembed", "paramsnonembedding", "paramsnoembed", "paramsnoemb",
@@ -79,7 +83,8 @@ COLUMNS = (
         aliases=(
             "tokensseen", "seentokens", "trainingtokens", "traintokens", "numtokens", "ntokens", "totaltokens",
             "tokenstotal", "trainedtokens", "tokenstrained", "consumedtokens", "tokenbudget", "tokencount", "ntrain",
-            "numtraintokens", "datasize", "datasetsize", "datatokens", "tokennum", "traindatasize", "trainsize",
+            "numtraintokens", "dtokens", "toks", "ntoks", "traintoks", "pretrainingdatasize",
+            "datasize", "datasetsize", "datatokens", "tokennum", "traindatasize", "trainsize",
         ),
         symbols=("D", "d"), least=1e5,  # a `d` below is a width
     ),
@@ -103,13 +108,14 @@ COLUMNS = (
     Column(
         "batch_sequences", "sequences of a global batch",
         aliases=("globalbatchsize", "gbs", "globalbatch", "batchsizesequences", "batchsizeseqs", "sequencesperbatch",
-                 "batchsize", "bs", "bsz", "trainbatchsize", "batch"),
+                 "gbsz", "globalbsz", "globalbs", "batchsize", "bs", "bsz", "trainbatchsize", "batch"),
         least=1,
     ),
     Column(
         "steps", "optimizer steps",
         aliases=("ti", "iterations", "trainiters", "numsteps", "nsteps", "trainsteps", "trainingsteps", "maxsteps",
-                 "totalsteps", "iters", "numiterations", "totaliterations", "maxiters", "numtrainsteps"),
+                 "totalsteps", "iters", "numiterations", "totaliterations", "maxiters", "numtrainsteps",
+                 "iteration", "step", "globalstep"),
         least=1,
     ),
     Column(
@@ -136,11 +142,12 @@ COLUMNS = (
     Column(
         "flops", "of the whole run and its ancestors",
         aliases=(
-            "trainingflop", "trainingflops", "trainflops", "trainflop", "totalflops", "totalflop", "flop", "compute",
+            "trainingflop", "trainingflops", "trainflops", "trainflop", "totalflops", "totaltrainflops",
+            "totaltrainingflops", "totalflop", "flop", "compute",
             "computeflops", "computeflop", "trainingcompute", "traincompute", "totalcompute", "computebudget",
             "flopsbudget", "flopbudget", "budget", "flopstotal", "numflops",
         ),
-        symbols=("C", "c"), least=1e6,
+        symbols=("C", "c"), least=1e6, most=1e32,
     ),
     Column(
         "streams", "parallel streams P", aliases=("parallelstreams", "numstreams", "nstreams"), symbols=("P",),

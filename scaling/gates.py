@@ -8,8 +8,8 @@ import numpy as np
 from pandas.api.types import is_numeric_dtype
 
 from scaling.candidates import SIZES, is_amount
-from scaling.columns import DUPLICATE, FINISHED, NAMES, normalised
-from scaling.readers import UNREAD
+from scaling.columns import DIVERGED, DUPLICATE, FINISHED, NAMES, normalised
+from scaling.readers import UNREAD, run_directory
 from scaling.results import Verdict
 from scaling.table import RunTable
 
@@ -24,6 +24,10 @@ UNDECAYED = 0.3
 """Last rate over peak above which a schedule that decays was cut."""
 DISAGREE = 10.0
 """Factor between C and 6 N D beyond which one of the three is another thing, or in another unit."""
+UNEXPLAINED = 0.05
+"""Share by which losses of runs that are equal in all that is known differ where it is not by their seeds."""
+NOT_OF_THE_RUN = ("run", "source", "labels", "loss", "loss_error", "seed", "status")
+"""Columns in which runs of one setting differ."""
 NUMBER_AT_END = r", [\d.e+-]+$"
 """By which labels of one kind differ."""
 SHOWN = 6
@@ -55,8 +59,12 @@ def select(
     if needs_loss and not table.has("loss"):
         raise ValueError(_no_loss(table))
     statuses = _texts(table, "status", FINISHED)
+    column = table.mapping.get("status", run_directory.ORIGINS["status"])
+    is_told = column != run_directory.ORIGINS["status"]
+    said = f', by {column!r}; columns status="" takes them for finished' if is_told else ""
     for status in sorted(set(statuses) - {FINISHED}):
-        leave_out(statuses == status, str(status), f"of {len(table)} runs left out: {status}")
+        why = "" if status == DIVERGED else said
+        leave_out(statuses == status, str(status), f"of {len(table)} runs left out: {status}{why}")
     if table.has("loss"):
         loss = table.numbers("loss")
         leave_out(~np.isfinite(loss), "no-loss", "runs left out: no finite loss")
@@ -77,7 +85,7 @@ def select(
     keys = [name for name in POOLED if name not in pool]
     _keep_largest_pool(table, keys, kept, leave_out)
     verdicts += _mixed(table, kept, pool)
-    verdicts += [*_disagreeing(table, kept), *_cut(table, kept), *_labelled(labels, kept)]
+    verdicts += [*_unexplained(table, kept), *_disagreeing(table, kept), *_cut(table, kept), *_labelled(labels, kept)]
     if kept.sum() < FEW:
         level = "failure" if kept.sum() < 3 else "warning"
         verdicts.append(Verdict(level, "few", f"{int(kept.sum())} runs are left of {len(table)}: too few for a law"))
@@ -133,6 +141,30 @@ def _mixed(table: RunTable, kept: np.ndarray, pool: Sequence[str]) -> list[Verdi
                 Verdict("warning", "mixed", f"runs of {len(values)} different {name} are pooled, as asked for")
             )
     return found
+
+
+def _unexplained(table: RunTable, kept: np.ndarray) -> list[Verdict]:
+    """A warning where many runs are equal in all that is known of them but the loss: they differ in another column."""
+    if not table.has("loss"):
+        return []
+    frame = table.frame[kept]
+    known = [name for name in NAMES if name in frame and name not in NOT_OF_THE_RUN and frame[name].notna().any()]
+    groups = frame.groupby(known, dropna=False, sort=False) if known else None
+    if groups is None or len(groups) == len(frame):
+        return []
+    spread = groups["loss"].transform("max") / groups["loss"].transform("min") - 1
+    odd = frame[(spread > UNEXPLAINED).to_numpy()]
+    if 2 * len(odd) <= len(frame) or not any(name in known for name in SIZES):
+        return []
+    parts = odd.groupby(known, dropna=False, sort=False)
+    others = [str(name) for name in frame if name not in NAMES]
+    apart = [name for name in others if (parts[name].nunique() == parts[name].size()).mean() > 0.5]
+    named = f": {', '.join(repr(name) for name in apart[:4])} tell them apart" if apart else ""
+    message = (
+        f"{len(odd)} runs are equal in all that was read but their losses, by up to {spread.max():.0%}{named}; if it "
+        "is of their data, or another setting, give columns data=NAME or the like"
+    )
+    return [Verdict("warning", "unexplained", message)]
 
 
 def _disagreeing(table: RunTable, kept: np.ndarray) -> list[Verdict]:

@@ -155,8 +155,15 @@ def _foreign(source: Source, columns: Mapping[str, str], digests: list[str]) -> 
     digests.append(digest)
     if wandb_exports.is_wide(list(frame.columns)):
         return list(wandb_exports.wide(frame, path))
-    if wandb_exports.is_long(frame):
-        return [histories.row(each, columns) for each in wandb_exports.long(frame, path)]
+    if wandb_exports.is_long(frame, columns):
+        others = {ours: name for ours, name in columns.items() if ours != "run"}
+        found = [histories.row(each, others) for each in wandb_exports.long(frame, path, columns)]
+        if 1 < len(found) < len(frame):
+            found[0].notes.append(
+                f'{path}: its rows are taken for logged steps of {len(found)} runs; columns run="" takes each for a '
+                "run, and run=NAME names the column that tells runs apart"
+            )
+        return found
     return [tables.rows(frame, odd, path, columns)]
 
 

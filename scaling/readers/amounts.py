@@ -19,11 +19,13 @@ OUTCOMES = {
 }
 MISSING = frozenset(("", "na", "none", "null", "missing", "unknown", "tbd"))
 """What a cell without a number holds, as `normalised` writes it: of "-" and "n/a" that leaves nothing and "na"."""
+MARKS = " \t*~≈"
+"""Around a number: bold in Markdown, and about."""
 STRANGE = 0.1
 """Share of the cells that tell a number or a text from which on texts make a column none of numbers."""
 _COUNT = re.compile(
     r"^([-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)"
-    r"(?:\s*(?:±|\+/?-)\s*[0-9.]+(?:[eE][+-]?[0-9]+)?)?\s*(k|m|b|bn|t|)\s*(?:params|parameters|tokens)?$",
+    r"(?:\s*(?:±|\+/?-)\s*[0-9.]+(?:[eE][+-]?[0-9]+)?|\s*\([0-9.]+\))?\s*(k|m|b|bn|t|)\s*(?:params|parameters|tokens)?$",
     re.I,
 )
 
@@ -72,7 +74,7 @@ def _read(values: pd.Series, units: bool) -> tuple[np.ndarray, np.ndarray]:
     for k, value in enumerate(values):
         if pd.isna(value):
             continue
-        text = str(value).strip()
+        text = str(value).strip(MARKS)
         try:
             parsed[k] = float(text)
         except ValueError:

@@ -26,6 +26,7 @@ AT_THE_END = re.compile(r"[\W_]*(?:at[\W_]*(?:the[\W_]*)?)?(?:final|last)[\W_]*(
 PLAIN_NAMES = (
     "finalloss", "loss", "lmloss", "finallmloss", "trainloss", "trainingloss", "finaltrainloss", "trainlmloss",
     "lmlosstraining", "celoss", "crossentropyloss", "crossentropy", "endloss", "lastloss", "nll", "nllloss", "xent",
+    "ce", "finalce",
 )  # fmt: skip
 GENERIC = HELD_OUT_WORDS | {
     "final", "end", "last", "loss", "lm", "ce", "cross", "entropy", "out", "train", "training", "nll", "the", "ppl",
@@ -68,7 +69,7 @@ def candidate(name: str) -> Loss | None:
         return Loss(name, PERPLEXITY)
     if any(each in whole for each in ("bitsperbyte", "bitsperchar")) or {"bpb", "bpc"}.intersection(parts):
         return Loss(name, BITS)
-    is_loss = "loss" in whole or whole in PLAIN_NAMES or name == "L" or parts[-1:] == ["nll"]
+    is_loss = "loss" in whole or whole in PLAIN_NAMES or name == "L" or parts[-1:] in (["nll"], ["ce"])
     if not is_loss:
         return None
     if HELD_OUT_WORDS.intersection(parts) or re.match(r"(final)?(val|valid|validation|eval|test|heldout)loss$", whole):

@@ -6,7 +6,7 @@ A unit is taken from a name ("params_M", "tokens (B)") or a value ("70M") only w
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -29,16 +29,23 @@ SOUNDS = {
 NOT_AN_AMOUNT = frozenset((
     "per", "ratio", "batch", "unique", "log", "log2", "log10", "ln", "ms", "s", "sec", "second", "seconds", "speed",
     "throughput", "gpu", "device", "rank", "embedding", "embeddings", "emb", "vocab", "mult", "multiplier", "min",
-    "final", "end", "decay", "warmup", "scale", "eval", "val", "test", "id", "type",
+    "final", "end", "decay", "warmup", "scale", "eval", "evaluated", "val", "test", "id", "type",
 ))  # fmt: skip
+WHOLE = replace(COLUMNS[NAMES.index("total")], symbols=("N", "n"))
+"""Beside a column of parameters without embeddings the symbol is all of them."""
 MOSTLY = 0.5
 """Share of texts from which on a column is one of texts, and not a spoiled one of numbers."""
-RATIOS = ("tokensperparam", "tokensperparameter", "tokensparamratio", "tpp", "tokenmultiplier")
+RATIOS = (
+    "tokensperparam", "tokensperparameter", "tokensparam", "tokensparams", "tokensparamratio", "tokenparamratio",
+    "tokentoparamratio", "tpp", "tokenmultiplier",
+)  # fmt: skip
 _UNIT = re.compile(
     r"^(.+?)[\s_\-./]*(?:\(|\[)?\s*(?:in[\s_]+)?(?<![A-Za-z])(k|mm?|bn?|g|t|thousand|million|billion|trillion)s?"
     r"(?:\s*(?:of\s+)?(?:params?|parameters|tokens?))?\s*[)\]]?$",
     re.I,
 )
+_POWER = re.compile(r"^(.+?)\s*[(\[]\s*[x\u00d7*]?\s*(?:1e|10\^|10\*\*)\+?(\d+)\s*[)\]]$", re.I)
+_SI_FLOPS = re.compile(r"^(.*?)([gtpezy])(flops?)$", re.I)
 _PF_DAYS = re.compile(r"^(.+?)[\s_\-(\[]*(pf[\s_-]*days?|petaflop[/\s_-]*s[/\s_-]*days?)\s*[)\]]?$", re.I)
 TIMES = re.compile(r"^(.*\S)\s*([*/])\s*([0-9.eE+-]+)$")
 
@@ -89,6 +96,8 @@ def guess(frame: pd.DataFrame, columns: Mapping[str, str], where: str, *, with_l
         used |= _take_loss(found, frame, used, where)
     wanted = [each for each in COLUMNS if each.name not in columns and each.name not in ("loss", "source", "labels")]
     for by in (BY_NAME, BY_LAST_PART, BY_SYMBOL):
+        if by == BY_SYMBOL and "non_embedding" in found.frame:
+            wanted = [WHOLE if each.name == "total" else each for each in wanted]
         for column in wanted:
             if column.name not in found.frame:
                 used |= _take(found, frame, column, by, used, where)
@@ -258,7 +267,7 @@ def _candidates(frame: pd.DataFrame, column: Column, by: int, used: set[str]) ->
             continue
         for bare, unit in _readings(str(name), column):
             if by == BY_SYMBOL:
-                rank = symbols.get(bare.strip())
+                rank = symbols.get(bare.strip(" $"))
             else:
                 parts = re.split(r"[/.]", bare)
                 rank = aliases.get(normalised(bare if by == BY_NAME else parts[-1]))
@@ -273,6 +282,14 @@ def _readings(name: str, column: Column) -> list[tuple[str, float]]:
     readings = [(name, 1.0)]
     if column.name == "flops" and (match := _PF_DAYS.match(name)):
         readings.append((match[1], 8.64e19))
+    if column.name == "flops" and (match := _SI_FLOPS.match(name)):
+        unit = 1e3 ** (3 + "gtpezy".index(match[2].lower()))
+        if unit >= 1e18 or {"total", "train", "training"} & {
+            *words(match[1])
+        }:  # below are those of a second, or a token
+            readings.append((match[1] + match[3], unit))
+    if column.name in LARGE and (match := _POWER.match(name)):
+        readings.append((match[1], 10.0 ** int(match[2])))
     if column.name in LARGE and (match := _UNIT.match(name)):
         readings.append((match[1], UNITS[match[2].lower()]))
     return readings
@@ -283,7 +300,7 @@ def _implausible(column: Column, each: Candidate, values: np.ndarray) -> str:
     middle = typical(values)
     if not np.isfinite(middle):
         return ""
-    if each.unit != 1 and middle >= 1e6:
+    if each.unit != 1 and middle >= 1e6 and column.name != "flops":
         return (
             f"{each.name!r} lies about {middle:.3g}, so the end of its name is no unit: give "
             f'columns {column.name}="{each.name}"'

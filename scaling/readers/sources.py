@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from scaling.readers import megatron
-from scaling.readers.tables import SUFFIXES
+from scaling.readers.tables import SUFFIXES, suffix_of
 
 Kind = Literal["run", "events", "log", "table", "unread"]
 LOGS = (".log", ".txt", ".out", "")
@@ -50,11 +50,11 @@ def _below(folder: Path) -> Iterator[Source]:
         elif any("tfevents" in name for name in names):
             runs.append(Source("events", here))
         else:
-            files += [here / name for name in names if Path(name).suffix.lower() in (*SUFFIXES, *LOGS[:-1])]
+            files += [here / name for name in names if suffix_of(here / name) in (*SUFFIXES, *LOGS[:-1])]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
     yield from runs
     for path in sorted(files):
-        suffix = path.suffix.lower()
+        suffix = suffix_of(path)
         if runs and suffix == ".json":  # settings and results, which are tables hardly ever
             continue
         if suffix in SUFFIXES or _looks_like_a_log(path):
@@ -66,7 +66,7 @@ def _file(path: Path) -> Source:
         return Source("run", path.parent)
     if "tfevents" in path.name:
         return Source("events", path.parent)
-    if path.suffix.lower() in SUFFIXES:
+    if suffix_of(path) in SUFFIXES:
         return Source("table", path)
     return Source("log" if _looks_like_a_log(path) else "table", path)
 

@@ -1,10 +1,12 @@
 """Plain tables: CSV, JSON lines, JSON and Parquet, with one row a run or one row a logged step."""
 
 import csv
+import gzip
 import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pandas as pd
 from scaling.columns import DIVERGED, FINISHED, normalised
 from scaling.readers.amounts import as_status
 from scaling.readers.derived import resolve_batch
+from scaling.readers.losses import candidate
 from scaling.readers.mapping import SIZES, TIMES, Mapped, guess
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
@@ -27,12 +30,19 @@ NOT_A_NUMBER = "\0NaN"
 """What JSON's NaN is until it can be told from null no more."""
 
 
+def suffix_of(path: Path) -> str:
+    """The end of a file's name that says what it holds: that before ".gz" of a compressed one."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
 def load(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """A table as it stands, where a cell is written as "nan" and not just empty (its shape, of bool), and the SHA-256
     of its file. ValueError, naming the file and where it can the line, for what is no table."""
     data = path.read_bytes()
     try:
-        frame, odd = _parse(path, data)
+        frame, odd = _parse(path, gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: not a whole gzip file: {error}") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, csv.Error) as error:
         raise ValueError(f"{path}: not a table that can be read: {str(error).strip()}") from None
     for name in frame.select_dtypes(object):
@@ -131,7 +141,7 @@ def _refuse_unreadable(found: Mapped, path: Path) -> None:
 
 def _parse(path: Path, data: bytes) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table, and where it has a written "nan"."""
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix == ".parquet" or data[:4] == b"PAR1":
         import pyarrow
 
@@ -147,10 +157,9 @@ def _parse(path: Path, data: bytes) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}), so not a table") from None
     if not text.strip():
         raise ValueError(f"{path}: is empty")
-    if suffix in (".jsonl", ".ndjson"):
-        return _marked(_flat(_json_lines(path, text)))
-    if suffix == ".json":
-        return _marked(_json(path, text))
+    if suffix in (".json", ".jsonl", ".ndjson") or text.lstrip()[0] in "{[":
+        is_lines = text.lstrip()[0] == "{" and (suffix in (".jsonl", ".ndjson") or _is_lines(text))
+        return _marked(_flat(_json_lines(path, text)) if is_lines else _json(path, text))
     return _delimited(path, text)
 
 
@@ -187,14 +196,14 @@ def _delimited(path: Path, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     lines = text.splitlines()
     comments = _comments(lines)
     header = lines[comments]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(DELIMITERS, key=header.count)
+    delimiter = "\t" if suffix_of(path) == ".tsv" else max(DELIMITERS, key=header.count)
     if header.count(delimiter) == 0:
-        delimiter = ","
+        delimiter = r"\s+" if _is_aligned(lines[comments:]) else ","
     if not all(character.isprintable() or character == "\t" for character in header):
         raise ValueError(f"{path}: its first line is not the header of a table")
     options = {"sep": delimiter, "skiprows": comments, "skipinitialspace": True, "low_memory": False}
     cells = pd.read_csv(io.StringIO(text), **options, dtype=str, keep_default_na=False)
-    has_commas = delimiter in ";\t" and _has_decimal_commas(cells)
+    has_commas = delimiter in (";", "\t") and _has_decimal_commas(cells)
     frame = pd.read_csv(io.StringIO(text), **options, decimal="," if has_commas else ".")
     if has_commas:  # those beside a word or with a margin of error
         frame = frame.map(lambda cell: cell.replace(",", ".") if isinstance(cell, str) and COMMA.match(cell) else cell)
@@ -206,6 +215,8 @@ def _comments(lines: list[str]) -> int:
     """How many lines lie before the header. A line that begins with # is one too, if it has as many cells as the first
     line that does not, and that one has numbers."""
     first = next((k for k, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
+    if first + 1 < len(lines) and _is_title(lines[first]) and not _is_title(lines[first + 1]):
+        return first + 1
     if first and first < len(lines):
         above, row = lines[first - 1], lines[first]
         has_numbers = any(NUMBER.fullmatch(cell) for cell in re.split(f"[{DELIMITERS}]", row))
@@ -214,10 +225,30 @@ def _comments(lines: list[str]) -> int:
     return first if first < len(lines) else 0
 
 
+def _is_title(line: str) -> bool:
+    """Whether a line has no cells, or tells Excel what parts them."""
+    return not any(each in line for each in DELIMITERS) or re.fullmatch(f"sep=[{DELIMITERS}]", line.strip()) is not None
+
+
+def _is_aligned(lines: list[str]) -> bool:
+    """Whether blanks part the cells: each line has the same number of words, and more than one."""
+    counts = {len(line.split()) for line in lines if line.strip()}
+    return len(counts) == 1 and counts != {1}
+
+
 def _has_decimal_commas(cells: pd.DataFrame) -> bool:
     """Whether numbers are written as 3,9 and none as 3.9, beside which a comma parts thousands."""
     texts = [str(each).strip() for each in pd.unique(cells.to_numpy(dtype=object).ravel())]
     return any(COMMA.match(each) for each in texts) and not any(POINT.match(each) for each in texts)
+
+
+def _is_lines(text: str) -> bool:
+    """Whether JSON that begins with an object has further ones, one a line."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return bool(rest) and isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
 
 
 def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
@@ -243,6 +274,7 @@ def _json(path: Path, text: str) -> pd.DataFrame:
         content = json.loads(text, parse_constant=_constant)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    content = _unwrapped(content)
     if isinstance(content, dict) and content and all(isinstance(each, list) for each in content.values()):
         if len({len(each) for each in content.values()}) != 1:
             raise ValueError(f"{path}: its columns differ in length")
@@ -254,6 +286,23 @@ def _json(path: Path, text: str) -> pd.DataFrame:
     if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
         raise ValueError(f"{path}: neither a list of objects, one a run, nor an object of columns")
     return _flat(content)
+
+
+def _unwrapped(content: Any) -> Any:
+    """The table in an object that has little else: one list of objects beside what is said about them, as {"runs":
+    [...]}, and pandas' forms "columns" and "split"."""
+    if not isinstance(content, dict):
+        return content
+    if {"columns", "data"} <= set(content) <= {"columns", "data", "index"}:
+        return [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
+    parts = list(content.values())
+    if parts and all(isinstance(each, dict) and [*each] == [str(k) for k in range(len(each))] for each in parts):
+        return {name: [*each.values()] for name, each in content.items()} if parts[0] else content
+    tables = [each for each in parts if isinstance(each, list) and each and all(isinstance(row, dict) for row in each)]
+    if len(tables) == 1 and not any(isinstance(each, list) and each is not tables[0] for each in parts):
+        is_run = any(candidate(name) for name, each in content.items() if isinstance(each, int | float))
+        return content if is_run else tables[0]
+    return content
 
 
 def _flat(rows: list[dict[str, Any]]) -> pd.DataFrame:

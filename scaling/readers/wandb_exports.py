@@ -2,7 +2,7 @@
 run (wide). The table of runs that the site exports is a plain table with one row a run."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ SET_ONCE = ("lr", "batch_sequences", "batch_tokens", "seed")
 RISES, FALLS = 1 / 3, 0.1
 """Of a log's rows at least this share lies at a later step than the one before, and at most this at an earlier one:
 rows of one step are written apart, and resumes go back."""
+FINAL = frozenset(("final", "end", "last"))
+"""Words for a loss at the end of a run, of which a log has one, and a table of ends, as of each branch, one a row."""
 _WIDE = re.compile(r"^(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?$")
 
 
@@ -42,14 +44,18 @@ def is_wide(names: list[str]) -> bool:
     return all(match and not set(words(match["run"])) <= COMMON for match in matches)
 
 
-def is_long(frame: pd.DataFrame) -> bool:
+def is_long(frame: pd.DataFrame, columns: Mapping[str, str] | None = None) -> bool:
     """Whether a table has one row a logged step, and not one a run: an axis of steps along which each run goes, no size
-    that changes on the way, and no rate, batch or seed that differs at one step."""
+    that changes on the way, no rate, batch or seed that differs at one step, and a loss that is not a final one.
+    `columns` may name the column of runs; an empty name says that each row is one."""
     lower = {name.strip().lower() for name in frame.columns}
     axis = next((name for name in frame.columns if name.strip().lower() in AXES[:-1]), None)
-    if axis is None or not ("_step" in lower or candidates(frame.columns)):
+    losses = candidates(frame.columns)
+    if axis is None or not ("_step" in lower or losses) or (columns or {}).get("run") == "":
         return False
-    steps, names = numbers(frame[axis]), _run_names(frame)
+    if losses and all(FINAL & {*words(each.name)} for each in losses):
+        return False
+    steps, names = numbers(frame[axis]), _run_names(frame, columns)
     groups = [np.asarray(rows) for rows in frame.groupby(names[0], sort=False).indices.values()] if names else []
     groups = groups or [np.arange(len(frame))]
     if steps is None or not _goes_on([steps[rows] for rows in groups]):
@@ -72,8 +78,11 @@ def _goes_on(runs: list[np.ndarray]) -> bool:
     return moves.size > 0 and np.mean(moves > 0) >= RISES and np.mean(moves < 0) <= FALLS
 
 
-def _run_names(frame: pd.DataFrame) -> list[str]:
-    """The columns that name a run, the surest first."""
+def _run_names(frame: pd.DataFrame, columns: Mapping[str, str] | None) -> list[str]:
+    """The columns that name a run, the surest first, or the one that was given."""
+    given = (columns or {}).get("run")
+    if given in frame:
+        return [given]
     names = [name for name in frame.columns if normalised(name) in RUN_NAMES]
     return sorted(names, key=lambda name: RUN_NAMES.index(normalised(name)))
 
@@ -133,12 +142,12 @@ def _contents(run: History) -> tuple:
     return run.run, *((name, run.series[name].steps.tobytes(), run.series[name].values.tobytes()) for name in names)
 
 
-def long(frame: pd.DataFrame, path: Path) -> Iterator[History]:
+def long(frame: pd.DataFrame, path: Path, columns: Mapping[str, str] | None = None) -> Iterator[History]:
     """The runs of a table with one row a logged step: those of its column of names, or one. What does not change within
     a run is a setting of it."""
     lower = {name.strip().lower(): name for name in frame.columns}
     axis = next(lower[name] for name in AXES if name in lower)
-    names = _run_names(frame)
+    names = _run_names(frame, columns)
     groups = frame.groupby(names[0], sort=False) if names else [(path.stem, frame)]
     for run, group in groups:
         steps = numbers(group[axis])

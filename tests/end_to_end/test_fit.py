@@ -130,6 +130,13 @@ def test_tables_of_nothing_have_code_2(tmp_path, capsys, content):
     assert files(tmp_path) == {"runs.csv"}
 
 
+def test_a_column_with_an_empty_name_is_left_out(tmp_path, capsys):
+    table = write_losses(tmp_path / "runs.csv", status="failed")
+    arguments = (table, "--columns", "loss=final", "--law", "chinchilla", "--out", tmp_path / "out")
+    assert run(*arguments) == 2 and "killed" in capsys.readouterr().err
+    assert run(*arguments[:3], "status=", *arguments[3:]) == 0
+
+
 def test_a_law_that_is_not_identified_has_code_3_and_its_report(tmp_path, capsys):
     table = write_losses(tmp_path / "runs.csv", ratio=20)
     assert run(table, "--columns", "loss=final", "--law", "chinchilla", "--out", tmp_path / "out") == 3

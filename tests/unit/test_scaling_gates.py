@@ -121,3 +121,20 @@ def test_too_few_runs_are_said(rows, level):
 def test_a_table_without_a_loss_is_refused_with_what_may_be_one(columns, message):
     with pytest.raises(ValueError, match=message):
         select(RunTable(tidy(pd.DataFrame({"tokens": [1.0, 2.0], **columns}))))
+
+
+@pytest.mark.parametrize(("condition", "said"), [("loss", True), ("seed", False)])
+def test_runs_that_only_an_unread_column_tells_apart_are_told(condition, said):
+    losses = np.repeat([3.0, 2.8, 2.6, 2.4, 2.2, 2.0], 2) * np.tile([1.0, 1.5 if said else 1.01], 6)
+    odd = table(total=np.repeat(1e8, 12), tokens=np.repeat(np.geomspace(1e9, 1e11, 6), 2), loss=losses,
+                condition=[f"{condition} {k % 2}" for k in range(12)])  # fmt: skip
+    found = codes(select(odd)[1])
+    assert ("unexplained" in found) == said
+    assert not said or "'condition' tell them apart" in found["unexplained"].message
+
+
+@pytest.mark.parametrize(("status", "hint"), [("killed", True), ("diverged", False)])
+def test_the_column_that_tells_a_status_is_named(status, hint):
+    runs = table(status=["finished"] * 9 + [status] * 3)
+    runs = RunTable(runs.frame, {"status": "State"})
+    assert ("'State'" in codes(select(runs)[1])[status].message) == hint

@@ -87,6 +87,19 @@ def test_rates_that_were_printed_short_are_one_level():
     assert list(levels(np.array([3.45e-4, 3.453e-4, 4.88e-4, np.nan, 4.883e-4]))) == [0, 0, 1, -1, 1]
 
 
+def test_a_dense_row_of_values_is_many_levels():
+    found = levels(np.geomspace(1e9, 2e9, 100))
+    assert found.max() + 1 == pytest.approx(np.log(2) / np.log(1.02), abs=3) and np.bincount(found).max() <= 3
+
+
+def test_checkpoints_of_runs_are_cells_of_about_equal_tokens():
+    steps = np.arange(100, 201)
+    rows = [(lr, tied, k * 1e7) for lr, tied in ((1e-3, 1e8), (2e-3, 1e8), (4e-3, 2e8)) for k in steps]
+    lr, total, tokens = np.array(rows).T
+    found = cells(table(lr=lr, total=total, tokens=tokens, loss=3 + 1e8 / tokens, batch_tokens=1e6), SIZE)
+    assert len(found) > 30 and all("tokens" in cell.values for cell in found)
+
+
 # bowls
 
 

@@ -168,6 +168,15 @@ def test_a_long_export_is_sparse_and_may_hold_many_runs(tmp_path):
     assert table.frame["loss_kind"][0] == "held-out (val/loss)"
 
 
+def test_the_column_that_names_the_runs_of_an_export_may_be_given(tmp_path):
+    frame = pd.DataFrame({"_step": np.arange(1, STEPS + 1), "loss": losses()})
+    path = tmp_path / "history.csv"
+    pd.concat([frame.assign(hyper=each) for each in (0, 1)]).to_csv(path, index=False)
+    table = read([path], columns={"run": "hyper"})
+    assert table.frame["run"].tolist() == ["0", "1"] and table.numbers("steps").tolist() == [STEPS] * 2
+    assert any("logged steps of 2 runs" in note for note in table.notes)
+
+
 def test_rows_of_one_step_and_a_resume_are_a_log_still(tmp_path):
     steps = np.repeat([*range(1, 801), *range(700, STEPS + 1)], 2)
     frame = pd.DataFrame({"step": steps, "lr": 1e-3, "loss": np.repeat(losses(len(steps) // 2), 2)})

@@ -1,5 +1,6 @@
 """Tables with one row a run: which column is which, and what follows from others."""
 
+import gzip
 import json
 
 import numpy as np
@@ -83,6 +84,7 @@ def test_a_batch_of_unknown_sequences_stays_unknown_and_says_so():
         ("val_loss", HELD_OUT), ("validation/loss", HELD_OUT), ("evalLoss", HELD_OUT), ("c4_val_loss", HELD_OUT),
         ("smooth loss", SMOOTHED), ("loss_smoothed", SMOOTHED), ("loss_pile", OTHER),
         ("loss_at_final_step", PLAIN), ("lossAtLastStep", PLAIN), ("val_loss_final_step", HELD_OUT),
+        ("Final Train CE", OTHER), ("ce", PLAIN), ("test_ce", HELD_OUT),
         ("ppl", PERPLEXITY), ("ppl_val", PERPLEXITY), ("wikitext103_ppl", PERPLEXITY), ("c4/perplexity", PERPLEXITY),
         ("ppl_ratio", None), ("loss_step", None), ("final_step", None), ("loss_scale", None),
         ("aux_loss", None), ("loss_std", None), ("z_loss", None), ("l", None), ("lr", None),
@@ -138,6 +140,19 @@ def test_losses_that_only_their_data_tells_apart_are_not_guessed(names):
         ("non-embedding params", ["1,000,000", "2_000_000"], "non_embedding", [1e6, 2e6]),
         ("config.optim.lr", [1e-3, 2e-3], "lr", [1e-3, 2e-3]),
         ("dense_parameter_count", [1e8, 2e8], "total", [1e8, 2e8]),
+        ("total_parameter_count", [1e8, 2e8], "total", [1e8, 2e8]),
+        ("N_w_emb", [1e8, 2e8], "total", [1e8, 2e8]),
+        ("$N$", [1e8, 2e8], "non_embedding", [1e8, 2e8]),
+        ("param", [1e8, 2e8], "total", [1e8, 2e8]),
+        ("D_tokens_B", [20, 300], "tokens", [20e9, 300e9]),
+        ("Pretraining Data Size (T)", [2.0, 1.4], "tokens", [2e12, 1.4e12]),
+        ("train_toks", [2e10, 3e11], "tokens", [2e10, 3e11]),
+        ("Training FLOPs (1e21)", [0.5, 2.0], "flops", [5e20, 2e21]),
+        ("FLOPs (x10^18)", [0.5, 2.0], "flops", [5e17, 2e18]),
+        ("EFLOPs", [0.5, 2.0], "flops", [5e17, 2e18]),
+        ("total train ZFLOPs", [0.5, 2.0], "flops", [5e20, 2e21]),
+        ("throughput/total_gflops", [3e10, 1e12], "flops", [3e19, 1e21]),
+        ("gbsz", [512, 1024], "batch_sequences", [512, 1024]),
         ("peak_lr", [1e-3, 2e-3], "lr", [1e-3, 2e-3]),
         ("batch_size", [524288, 1048576], "batch_tokens", [524288, 1048576]),
         ("compute_pf_days", [1.0, 2.0], "flops", [8.64e19, 17.28e19]),
@@ -147,6 +162,24 @@ def test_names_and_units_are_understood(tmp_path, name, values, column, expected
     base = {"D": [1e10, 2e10], "loss": [3.0, 2.9]} if column != "tokens" else {"loss": [3.0, 2.9]}
     table = columns(tmp_path, **{name: values}, **base)
     assert table.numbers(column) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["TFLOPs", "gflops", "TFLOP/s/GPU", "tokens_evaluated"])
+def test_what_is_of_a_second_or_of_an_evaluation_is_not_the_runs(tmp_path, name):
+    table = columns(tmp_path, **{name: [3.5e5, 3.6e5]}, params=[1e8, 2e8], loss=[3.0, 2.9])
+    assert not table.has("flops") and not table.has("tokens")
+
+
+@pytest.mark.parametrize("name", ["tokens/param", "token_param_ratio", "Tokens per parameter"])
+def test_a_ratio_of_any_name_tells_tokens(tmp_path, name):
+    table = columns(tmp_path, **{"params": [1e8, 2e8], name: [20, 40], "loss": [3.0, 2.9]})
+    assert table.numbers("tokens").tolist() == [2e9, 8e9]
+
+
+@pytest.mark.parametrize("other", ["N_no_emb", "non-embedding params"])
+def test_n_is_all_parameters_beside_those_without_embeddings(tmp_path, other):
+    table = columns(tmp_path, **{"N": [1e8, 2e8], other: [8e7, 1.7e8]}, D=[1e9, 2e9], loss=[3.0, 2.9])
+    assert (table.mapping["total"], table.mapping["non_embedding"]) == ("N", other)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +431,19 @@ def test_other_formats_are_the_same_table(tmp_path, suffix):
     assert table.numbers("non_embedding").tolist() == [1e8, 2e8] and table.numbers("lr").tolist() == [1e-3, 2e-3]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("t.csv.gz", "N,D,loss\n1e8,1e9,3\n"),
+     ("t.tsv.gz", "N\tD\tloss\n1e8\t1e9\t3\n"), ("t.csv", "N,D,loss\n1e8,1e9,3\n"),
+     ("t.jsonl.gz", '{"N": 1e8, "D": 1e9, "loss": 3}\n'), ("t.JSON.GZ", '[{"N": 1e8, "D": 1e9, "loss": 3}]')],
+)  # fmt: skip
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_compressed_table_is_the_table(tmp_path, name, text, as_folder):
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    table = read([tmp_path if as_folder else tmp_path / name])
+    assert (table.numbers("non_embedding").tolist(), table.numbers("loss").tolist()) == ([1e8], [3.0])
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_a_list_in_a_cell_is_a_text(tmp_path, suffix):
     rows = pd.DataFrame({"N": [1e8, 2e8, 2e8], "D": 1e9, "loss": [3.0, 2.9, 2.9], "betas": [[0.9, 0.95]] * 3})
@@ -444,6 +490,8 @@ def test_a_folder_of_tables_is_one_table(tmp_path):
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary"),
         (b"\xff\xfe\xfd\xfc garbage", "not UTF-8"),
         (b"", "empty"),
+        (gzip.compress(b"N,D,loss\n1e8,1e9,3\n")[:-9], "not a whole gzip file"),
+        (b"\x1f\x8b garbage", "not a whole gzip file"),
         (b"N,D,loss\n", "no rows"),
         (b'N,D,loss\n1,2,"3\n', "not a table"),
     ],
@@ -506,3 +554,47 @@ def test_a_sweep_of_seeds_at_one_step_is_a_run_a_row(tmp_path):
     table = columns(tmp_path, params=[1e8] * 4, step=[10, 10, 20, 20], D=[1e9] * 4, seed=[0, 1] * 2,
                     loss=[3.0, 3.1, 2.9, 2.8])  # fmt: skip
     assert len(table) == 4
+
+
+@pytest.mark.parametrize(("loss", "given"), [("final_loss", {}), ("loss", {"run": ""}), ("end loss", {"run": "model"})])
+def test_losses_at_the_end_of_branches_are_a_run_a_row(tmp_path, loss, given):
+    rows = {"model": ["a"] * 3 + ["b"] * 3, "run_name": ["a"] * 3 + ["b"] * 3, "params": [1e8] * 3 + [2e8] * 3}
+    path = tmp_path / "t.csv"
+    frame = pd.DataFrame(rows | {"step": [10, 20, 30] * 2, "D": [1e9, 2e9, 3e9] * 2, loss: np.linspace(3, 2, 6)})
+    frame.to_csv(path, index=False)
+    table = read([path], columns=given)
+    assert table.numbers("loss").tolist() == np.linspace(3, 2, 6).tolist()
+    assert table.numbers("tokens").tolist() == [1e9, 2e9, 3e9] * 2
+
+
+ROWS = [{"params": 1e8, "tokens": 2e9, "loss": 3.0}, {"params": 2e8, "tokens": 2e9, "loss": 2.9}]
+FRAME = pd.DataFrame(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.json", FRAME.to_json()), ("t.json", FRAME.to_json(orient="split")),
+        ("t.json", FRAME.to_json(orient="index")),
+        ("t.json", FRAME.to_json(orient="table")), ("t.json", json.dumps({"date": "today", "seeds": 3, "runs": ROWS})),
+        ("t.json", FRAME.to_json(orient="records", lines=True)), ("t.jsonl", json.dumps(ROWS, indent=1)),
+        ("t.txt", json.dumps(ROWS)), ("t.txt", FRAME.to_json(orient="records", lines=True)),
+        ("t.txt", FRAME.to_string(index=False)), ("t.csv", "Our runs\n" + FRAME.to_csv(index=False)),
+        ("t.csv", "sep=;\n" + FRAME.to_csv(index=False, sep=";")),
+        ("t.csv", "params,tokens,loss\n~100M,2B,**3.0**\n200M,2B,2.9 (0.01)\n"),
+    ],
+)  # fmt: skip
+def test_tables_in_other_forms_are_the_same_table(tmp_path, name, text):
+    table = read([csv(tmp_path, text, name)])
+    assert table.frame[["total", "tokens", "loss"]].to_numpy().tolist() == FRAME.to_numpy().tolist()
+
+
+def test_a_run_with_a_list_of_objects_is_a_run(tmp_path):
+    table = read([csv(tmp_path, json.dumps(ROWS[0] | {"history": [{"step": 1, "loss": 9.0}]}), "t.json")])
+    assert table.numbers("loss").tolist() == [3.0]
+
+
+def test_the_last_iteration_tells_the_length_of_sequences(tmp_path):
+    table = columns(tmp_path, N=[1e8, 2e8], lr=[1e-3, 2e-3], gbsz=[16, 32], iteration=[20000, 10000],
+                    train_tokens=[1310720000] * 2, loss=[3.0, 2.9])  # fmt: skip
+    assert table.numbers("batch_tokens").tolist() == [16 * 4096, 32 * 4096]
