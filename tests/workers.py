@@ -5,6 +5,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 import traceback
@@ -20,6 +21,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to answer after one of them has raised; then they are taken to hang."""
+
+_PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Socket closed|Broken pipe")
 
 MOST_THREADS = 90
 """Of a worker that is kept. torch's caches hold on to the meshes of ended groups, and so to their threads, which wake a
@@ -126,7 +129,7 @@ def _collect(connections: list[Connection], timeout: float) -> dict[int, tuple[A
 
 def _is_consequence(error: BaseException) -> bool:
     """Whether an error only says that a peer went away, so that the peer's own error is shown first."""
-    return isinstance(error, RuntimeError) and "onnection closed by peer" in str(error)
+    return isinstance(error, RuntimeError) and _PEER_IS_GONE.search(str(error)) is not None
 
 
 def _serve(connection: Connection) -> None:

@@ -39,13 +39,13 @@ folder.mkdir(exist_ok=True, parents=True)
 (folder / "config.toml").write_text(Path(sys.argv[1]).read_text())
 
 
-def add(file, **row):
+def add(file, *rows):
     with open(folder / file, "a") as log:
-        log.write(json.dumps(row) + "\\n")
+        log.write("".join(json.dumps(row) + "\\n" for row in rows))
 
 
 def stop(*_):
-    add("events.jsonl", event="run_end", outcome="interrupted")
+    add("events.jsonl", {"event": "run_end", "outcome": "interrupted"})
     sys.exit(75)
 
 
@@ -55,17 +55,27 @@ begin = branch.get("at", 0)
 end = begin + branch["decay"] if begin else config["schedule"]["horizon"]
 if begin:
     assert Path(config["start"]["from"], "manifest.json").exists()
-add("events.jsonl", event="run_start")
-for step in range(1, 17):
-    loss = 9 + step if rate == 0.5 else 9 - step / 10
-    add("metrics.jsonl", step=step, tokens=begin + (end - begin) * step // 16, loss=loss, wall_time=step)
+add("events.jsonl", {"event": "run_start"})
 for tokens in config["checkpoint"].get("at", []):
     saved = folder / "checkpoints" / f"tokens-{tokens}-segment-0"
     saved.mkdir(parents=True, exist_ok=True)
     (saved / "manifest.json").write_text("{}")
+# Last and in one write, as it may be judged, and stopped, at any row.
+add(
+    "metrics.jsonl",
+    *(
+        {
+            "step": step,
+            "tokens": begin + (end - begin) * step // 16,
+            "loss": 9 + step if rate == 0.5 else 9 - step / 10,
+            "wall_time": step,
+        }
+        for step in range(1, 17)
+    ),
+)
 while rate == 0.5:
     time.sleep(0.01)
-add("events.jsonl", event="run_end", outcome="finished")
+add("events.jsonl", {"event": "run_end", "outcome": "finished"})
 """
 
 

@@ -91,18 +91,21 @@ import torch, torch.distributed as dist
 from runtime.resilience.watchdog import Watchdog
 
 behaviour, watchdog_seconds, collective_seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-dist.init_process_group("gloo", timeout=timedelta(seconds=collective_seconds))
+dist.init_process_group("gloo")
+dist.barrier()  # they start seconds apart
+group = dist.new_group(timeout=timedelta(seconds=collective_seconds))
 guilty = dist.get_rank() == 1
-with Watchdog(watchdog_seconds) as watchdog:
+# Whoever ends first closes the other's connections, which ends it with an error instead.
+with Watchdog(watchdog_seconds + 2 * guilty) as watchdog:
     for step in range(1, 4):
         watchdog.beat(step, "step")
-        dist.all_reduce(torch.ones(1))
+        dist.all_reduce(torch.ones(1), group=group)
     watchdog.beat(4, "evaluation")
     if guilty and behaviour == "asleep":
         time.sleep(1000)
     if guilty and behaviour == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
-    dist.all_reduce(torch.ones(1))
+    dist.all_reduce(torch.ones(1), group=group)
 """
 
 
