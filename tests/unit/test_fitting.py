@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scaling.decisions import decide
 from scaling.fitting import Huber, HuberLikelihood, HuberOfNoise, LeastAbsolute, LeastSquares, fit
 from scaling.laws import LAWS, find
 from tests.published import published
@@ -165,6 +166,24 @@ def test_intervals_of_exponents_hold_the_truth_in_spite_of_outliers():
 def test_intervals_of_exponents_cover_the_truth_as_often_as_they_say():
     for name, share in covered(grid(6, 6)).items():
         assert 0.90 <= share <= 0.98, (name, share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [6, 8])
+def test_intervals_of_decided_sizes_and_losses_cover_the_truth_as_often_as_they_say(side):
+    x, noise = grid(side, side), 0.004
+    compute = 3 * 6 * np.max(x["N"] * x["D"])
+    size = (TRUTH["alpha"] * TRUTH["A"] / (TRUTH["beta"] * TRUTH["B"])) ** (1 / (TRUTH["alpha"] + TRUTH["beta"]))
+    size *= (compute / 6) ** (TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]))
+    there = {"N": np.array([size]), "D": np.array([compute / 6 / size])}
+    inside = {"N": 0, "loss": 0}
+    for seed in range(200):
+        y = losses(x, noise, seed, outliers=0.05)
+        found = decide({"C": compute}, [fit(CHINCHILLA, x, y, size="total", replicates=200, starts=8, seed=seed)])
+        truth = {"N": size, "loss": losses(there, noise, 77_000 + seed)[0]}
+        for name in inside:
+            inside[name] += found.proposal[name].low <= truth[name] <= found.proposal[name].high
+    assert all(0.90 <= count / 200 <= 0.98 for count in inside.values()), inside
 
 
 @pytest.mark.slow
