@@ -18,7 +18,7 @@ NOT_A_LOSS = frozenset((
     "balance", "balancing", "z", "zloss", "router", "load", "gap", "diff", "delta", "difference", "pred", "predicted",
     "prediction", "fit", "fitted", "residual", "weight", "count", "mask", "spike", "skipped", "vs", "kd",
     "distill", "distillation", "rank", "ratio", "coef", "coeff", "coefficient", "type", "kind", "fn", "function",
-    "reduction", "window", "min", "max", "step", "steps", "time",
+    "reduction", "window", "min", "max", "lower", "upper", "step", "steps", "time",
 ))  # fmt: skip
 """Words in the names of what is about a loss, or is another one than cross-entropy."""
 AT_THE_END = re.compile(r"[\W_]*(?:at[\W_]*(?:the[\W_]*)?)?(?:final|last)[\W_]*(?:step|iteration)s?", re.I)
@@ -30,7 +30,7 @@ PLAIN_NAMES = (
 )  # fmt: skip
 GENERIC = HELD_OUT_WORDS | {
     "final", "end", "last", "loss", "lm", "ce", "cross", "entropy", "out", "train", "training", "nll", "the", "ppl",
-    "perplexity",
+    "perplexity", "metric", "metrics", "summary", "result", "results", "stats", "log", "logs",
 }  # fmt: skip
 """Words that do not say on what data a loss was measured."""
 
@@ -105,7 +105,7 @@ def preferred(names: Iterable[str]) -> tuple[Loss | None, list[Loss]]:
 def _is_generic(loss: Loss) -> bool:
     """Whether a name says nothing of the data it was measured on."""
     known = GENERIC | (SMOOTH_WORDS if loss.tier == SMOOTHED else frozenset())
-    return loss.tier == PLAIN or normalised(loss.name) in PLAIN_NAMES or set(words(loss.name)) <= known
+    return loss.name == "L" or normalised(loss.name) in PLAIN_NAMES or set(words(loss.name)) <= known
 
 
 def _order(loss: Loss) -> tuple:

@@ -7,14 +7,14 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from scaling.columns import DIVERGED, FINISHED, normalised
+from scaling.columns import COLUMNS, DIVERGED, FINISHED, normalised
 from scaling.readers.amounts import as_status
 from scaling.readers.derived import resolve_batch
 from scaling.readers.losses import candidate
@@ -300,11 +300,34 @@ def _unwrapped(content: Any) -> Any:
         return {name: [*each.values()] for name, each in content.items()} if parts[0] else content
     tables = [each for each in parts if isinstance(each, list) and each and all(isinstance(row, dict) for row in each)]
     if len(tables) == 1 and not any(isinstance(each, list) and each is not tables[0] for each in parts):
-        is_run = any(candidate(name) for name, each in content.items() if isinstance(each, int | float))
+        numbers = [name for name, each in content.items() if isinstance(each, int | float)]
+        is_run = any(map(candidate, numbers)) or (_has_size(numbers) and not _has_size(tables[0][0]))
         return content if is_run else tables[0]
     return content
 
 
+def _has_size(names: Iterable[str]) -> bool:
+    known = {alias for column in COLUMNS if column.name in SIZES for alias in (column.name, *column.aliases)}
+    return not known.isdisjoint(map(normalised, names))
+
+
 def _flat(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Nested objects become columns such as "config.lr"."""
-    return pd.json_normalize(rows)
+    """Nested objects become columns such as "config.lr", and losses in a list of results "results.pile.loss"."""
+    return pd.json_normalize([{name: _losses(each) for name, each in row.items()} for row in rows])
+
+
+def _losses(content: Any) -> Any:
+    """Of a list of objects, as results on several sets, the losses by the text that tells the objects apart: counts
+    and times beside them are not of the run. All else as it is."""
+    if not (isinstance(content, list) and content and all(isinstance(each, dict) for each in content)):
+        return content
+    losses = [{name: value for name, value in each.items() if candidate(name)} for each in content]
+    texts = ([_text(each.get(name)) for each in content] for name in content[0])
+    names = next((found for found in texts if all(found) and len(set(found)) == len(found)), None)
+    return content if names is None else dict(zip(names, losses, strict=True))
+
+
+def _text(value: Any) -> str:
+    """A text, or several as one; of all else none."""
+    parts = value if isinstance(value, list) else [value]
+    return ", ".join(parts) if all(isinstance(each, str) for each in parts) else ""

@@ -1,6 +1,7 @@
 """What a dry run says, and that it leaves nothing behind."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -209,13 +210,14 @@ def test_the_git_revision_is_that_of_this_source_or_absent():
     assert revision is None or (len(revision["revision"]) >= 40 and isinstance(revision["changed"], bool))
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_asking_for_the_revision_leaves_the_repository_alone(tmp_path, monkeypatch):
     """A status that renews git's index holds its lock, and a commit beside it fails."""
     root = tmp_path / "repository"
     source = root / "runtime" / "observe" / "identity.py"
     source.parent.mkdir(parents=True)
     source.write_text("")
-    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
     for command in (("init",), ("add", "."), (*author, "commit", "-m", "first")):
         subprocess.run(("git", *command), cwd=root, check=True, capture_output=True)
     os.utime(source, (0, 0))  # as unchanged, but the index does not know it

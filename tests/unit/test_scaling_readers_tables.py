@@ -594,6 +594,16 @@ def test_a_run_with_a_list_of_objects_is_a_run(tmp_path):
     assert table.numbers("loss").tolist() == [3.0]
 
 
+def test_results_on_several_sets_are_a_loss_each(tmp_path):
+    sets = (["a/pile.tar"], 3.0), (["b/c4.tar", "b/more.tar"], 2.5)
+    results = [{"loss": loss, "tokens": 7, "loss_lower_95": 1.0, "task": "lm", "data": data} for data, loss in sets]
+    path = csv(tmp_path, json.dumps({"params": 1e8, "tokens": 2e9, "results": results}), "t.json")
+    with pytest.raises(ValueError, match=r"several losses.*results.a/pile.tar.loss, results.b/c4.tar, b/more.tar.loss"):
+        read([path])
+    table = read([path], columns={"loss": "results.b/c4.tar, b/more.tar.loss"})
+    assert table.frame[["total", "tokens", "loss"]].to_numpy().tolist() == [[1e8, 2e9, 2.5]]
+
+
 def test_the_last_iteration_tells_the_length_of_sequences(tmp_path):
     table = columns(tmp_path, N=[1e8, 2e8], lr=[1e-3, 2e-3], gbsz=[16, 32], iteration=[20000, 10000],
                     train_tokens=[1310720000] * 2, loss=[3.0, 2.9])  # fmt: skip
