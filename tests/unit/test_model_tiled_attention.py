@@ -126,7 +126,7 @@ def test_a_decoder_with_it_is_the_decoder_without(ids, compiled):
         decoder = build(torch.float32, head_dim=32)
         for module in decoder.modules():
             if isinstance(module, Attention):
-                module.tiled = is_tiled
+                module.as_on_gpu = not is_tiled
                 if compiled and is_tiled:
                     module.compile(fullgraph=True)
         loss = decoder(tokens, tokens, document_ids=ids).total
@@ -134,6 +134,7 @@ def test_a_decoder_with_it_is_the_decoder_without(ids, compiled):
         found.append([loss.detach(), *(each.grad for each in decoder.parameters())])
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert not all(torch.equal(*pair) for pair in zip(*found, strict=True))  # two ways to compute, then
 
 
 def test_a_decoder_takes_it(monkeypatch):
