@@ -44,6 +44,7 @@ LARGEST_COPY = 2 * 10**9
 """Bytes: a larger one is no faster, and may not fit beside a large model."""
 PRODUCTS = ("::mm", "::bmm", "::addmm", "_linear_pointwise", "meristem::product", "::grouped_product")
 ATTENTION = ("scaled_dot_product", "tiled_attention")
+FUSED = "compiled, fused"
 CALLERS: Mapping[str, tuple[str, ...]] = {
     "loss": ("CrossEntropy",),
     "norms": ("_RMSNorm", "rms_norm", "layer_norm"),
@@ -53,7 +54,7 @@ CALLERS: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("_fused_adamw", "_foreach_add_", "_foreach_sub_"),
     "embedding": ("embedding", "EmbeddingBackward"),
     "gathers and casts of FSDP": ("FSDP::",),
-    "compiled, fused": ("fused", "CompiledFunction", "Torch-Compiled"),
+    FUSED: ("fused", "CompiledFunction", "Torch-Compiled"),
 }
 """What an operation that is no product belongs to, by the first caller that has one of these in its name."""
 SUMS = "sums on the stream"
@@ -145,13 +146,20 @@ def term_of(event: Any) -> str:
         if plain == SUMS and caller.cpu_parent is not None and caller.cpu_parent.name.startswith(ENGINE):
             return SUMS
         for term, parts in CALLERS.items():
-            if any(part in caller.name for part in parts) and not (is_product and term == "compiled, fused"):
+            if any(part in caller.name for part in parts) and not (term == FUSED and (is_product or in_loss(caller))):
                 return term
         if any(part in caller.name for part in ATTENTION):
             return "attention"
         is_product = is_product or any(part in caller.name for part in PRODUCTS)
         caller = caller.cpu_parent
     return "products of blocks" if is_product else plain or "other operations"
+
+
+def in_loss(event: Any) -> bool:
+    """Whether a caller is the loss, whose own passes over the logits may be compiled."""
+    while event is not None and not any(part in event.name for part in CALLERS["loss"]):
+        event = event.cpu_parent
+    return event is not None
 
 
 def traced(step: Step, shape: Shape, device: torch.device) -> dict[str, float]:

@@ -32,7 +32,7 @@ from runtime.model.initialization import initialize
 from runtime.observe.devices import peak
 from runtime.observe.proposal import USABLE
 from runtime.parallel.float8 import apply_float8, check_available
-from runtime.parallel.parallelize import compile_block
+from runtime.parallel.parallelize import compile_block, compile_loss
 from runtime.parallel.recompute import recompute
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -76,6 +76,8 @@ def ours(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool,
         recompute(block, "full" if shape.recompute else "none")
         if compiled:
             compile_block(block)
+    if compiled:
+        compile_loss(decoder, device)
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         return decoder(tokens, targets).total / targets.numel()

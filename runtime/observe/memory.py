@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from runtime.config import Config
 from runtime.data.loader import Batch
 from runtime.model.attention import Attention
-from runtime.model.cross_entropy import GPU_CHUNK
+from runtime.model.cross_entropy import GPU_CHUNK, Passes, exact
 from runtime.model.decoder import Decoder
 from runtime.model.normalization import RMSNorm, scaled
 from runtime.model.tying import most_loops
@@ -56,7 +56,7 @@ def estimate(config: Config, layout: Layout, *, device_type: str = "cpu") -> Mem
         decoder = _build_decoder(config, mesh, device_type)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             decoder.to_empty(device="cpu")
-            _take_kernels(decoder, device_type)
+            _take_kernels(decoder, device_type, config.parallel.compile)
             tracker = AllocationTracker(fake)
             _follow_step(config, mesh, decoder, tracker, device_type)
     return MemoryEstimate({kind: tracker.peak[kind] for kind in KINDS})
@@ -75,7 +75,7 @@ def fake_world(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _build_decoder(config: Config, mesh: Mesh, device_type: str) -> nn.Module:
+def _build_decoder(config: Config, mesh: Mesh, device_type: str) -> Decoder:
     """The decoder on meta under the whole parallel plan, with the precision and the loss's chunks of `device_type`."""
     with torch.device("meta"):
         decoder = Decoder(config.model)
@@ -142,13 +142,15 @@ def _follow_step(config: Config, mesh: Mesh, decoder: nn.Module, tracker: Alloca
             ema.update(config.batch.sequences * config.data.seq_len, result.skip)
 
 
-def _take_kernels(decoder: nn.Module, device_type: str) -> None:
-    """Give norms and attention the memory of the kernels of `device_type`, which fake tensors would not take.
+def _take_kernels(decoder: Decoder, device_type: str, is_compiled: bool) -> None:
+    """Give norms, attention and loss the memory of the kernels of `device_type`, which fake tensors would not take.
 
     On a GPU, `F.rms_norm` keeps its input; the model's own kernel for plain tensors on a CPU keeps the
     normalised input, and has room for the gradient once more. Attention in tiles is a CPU's alone, and keys and
-    values that are repeated for a mask are a GPU's.
+    values that are repeated for a mask are a GPU's, as is a loss that is compiled.
     """
+    if is_compiled and device_type != "cpu":
+        decoder.cross_entropy.passes = Passes(_row_sums, lambda logits, *_: logits)
     for module in decoder.modules():
         if isinstance(module, RMSNorm):
             module.forward = partial(_fused_norm, module, module.forward, device_type == "cpu")
@@ -167,6 +169,11 @@ def _fused_norm(
     if on_cpu and (isinstance(x, DTensor) or x.dtype == torch.bfloat16):
         return composed(x, weight=weight, scale=scale)
     return _FusedNorm.apply(x, scaled(module.weight if weight is None else weight, scale), on_cpu)
+
+
+def _row_sums(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocates what the compiled loss's `reduce` would, and computes nothing of use."""
+    return logits, *(logits.new_empty(index.shape, dtype=exact(logits.dtype)) for _ in range(3))
 
 
 class _FusedNorm(torch.autograd.Function):

@@ -37,7 +37,7 @@ def memory(network: Network, parallel: ParallelConfig, layout: Layout, batch: Ba
     kept = compute * _kept(network, parallel, layout, batch)
     # Of the head: its input and that one's gradient, whole.
     ends = 2 * batch.tokens * network.config.hidden_size * compute
-    at_loss = earlier + compute * gathered + kept + ends + _logits(network.config, layout, batch, compute)
+    at_loss = earlier + compute * gathered + kept + ends + _logits(network, parallel, layout, batch, compute)
     # The head's gradient waits for the embedding's; a block's own are there twice, in the buffer that is reduced; and
     # the parameters of the next block are.
     head = min(root, network.config.vocab_size * network.config.hidden_size / layout.tensor)
@@ -84,12 +84,13 @@ def _working(network: Network, parallel: ParallelConfig, layout: Layout, batch: 
     return (max(0.0, again) + wide) * batch.tokens * config.streams.count
 
 
-def _logits(config: ModelConfig, layout: Layout, batch: Batch, compute: int) -> float:
-    """The loss: a chunk of logits in float32, rounded once before or after, and beside it either the chunk before or
-    its part of the head's gradient; that gradient is gathered in float32."""
+def _logits(network: Network, parallel: ParallelConfig, layout: Layout, batch: Batch, compute: int) -> float:
+    """The loss: a chunk of logits, and where it is not compiled another in float32; beside it either the chunk before
+    or its part of the head's gradient; that gradient is gathered in float32."""
+    config = network.config
     even = config.vocab_size % layout.tensor == 0
     vocabulary = config.vocab_size // layout.tensor if even else config.vocab_size
     positions = batch.tokens if even else math.ceil(batch.tokens / layout.tensor)
     rows = min(positions, LinearCrossEntropy().chunk_rows(_GPU, vocabulary))
-    weight, chunk = vocabulary * config.hidden_size, (4 + compute) * rows * vocabulary
+    weight, chunk = vocabulary * config.hidden_size, (compute if parallel.compile else 4 + compute) * rows * vocabulary
     return 4 * weight + max(chunk + compute * weight, chunk * (2 if rows < positions else 1))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from runtime.config import ParallelConfig
+from runtime.model.cross_entropy import compiled
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import fill
 from runtime.parallel.float8 import apply_float8
@@ -41,6 +42,8 @@ def parallelize(decoder: Decoder, mesh: Mesh, parallel: ParallelConfig) -> Decod
         recompute(block, parallel.recompute)
         if parallel.compile and not inside:
             compile_block(block)
+    if parallel.compile:
+        compile_loss(decoder, mesh.device)
     compute = compute_dtype(parallel.precision, mesh.device)
     if mesh.layout.world_size > 1 or compute != torch.float32:
         apply_fsdp(decoder, mesh.fsdp, compute, parallel.reshard_after_forward, parallel.looped_blocks)
@@ -66,6 +69,12 @@ def compile_block(block: nn.Module) -> None:
         return eager(x, cos, sin, mask, use, cache, probe, depth=depth)
 
     block.forward = MethodType(forward, block)
+
+
+def compile_loss(decoder: Decoder, device: torch.device) -> None:
+    """Compile the loss's passes over its logits, but on a CPU: its chunk stays in the cache, and nothing is gained."""
+    if device.type != "cpu":
+        decoder.cross_entropy.passes = compiled()
 
 
 @torch.no_grad()

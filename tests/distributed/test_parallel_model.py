@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from runtime.checkpoint.store import CheckpointStore
 from runtime.config import ParallelConfig
 from runtime.model.config import ModelConfig
-from runtime.model.cross_entropy import IGNORE, LinearCrossEntropy
+from runtime.model.cross_entropy import EAGER, FUSIBLE, IGNORE, LinearCrossEntropy
 from runtime.model.decoder import Decoder
 from runtime.model.initialization import initialize
 from runtime.parallel.fsdp import fsdp_modules
@@ -234,7 +234,7 @@ def test_recomputation_keeps_less():
     assert kept["full"] < 0.4 * kept["selective"]
 
 
-def losses_of(rank, sizes, kind, rows, chunk_elements):
+def losses_of(rank, sizes, kind, rows, chunk_elements, passes):
     """Sums and gradients of a cross-entropy split over the ranks, and of the plain one."""
     positions, hidden_size, vocab_size = sizes
     mesh = build(plan_layout(ParallelConfig(tensor=2), 2, ModelConfig(**SHAPE, vocab_size=64), 16, 8), "cpu")
@@ -246,7 +246,9 @@ def losses_of(rank, sizes, kind, rows, chunk_elements):
     placement = Shard(0) if kind is VocabularyParallelCrossEntropy else Replicate()
     split_hidden = distribute_tensor(hidden.clone(), mesh, [Shard(0)]).requires_grad_()
     split_weight = distribute_tensor(weight.clone(), mesh, [placement]).requires_grad_()
-    found = kind(chunk_elements)(split_hidden.redistribute(placements=[Replicate()]), split_weight, targets, 1e-2)
+    split = kind(chunk_elements)
+    split.passes = passes
+    found = split(split_hidden.redistribute(placements=[Replicate()]), split_weight, targets, 1e-2)
     hidden.requires_grad_(), weight.requires_grad_()
     expected = LinearCrossEntropy()(hidden, weight, targets, 1e-2)
     (3 * found.total).backward()
@@ -257,9 +259,11 @@ def losses_of(rank, sizes, kind, rows, chunk_elements):
     )
 
 
-@pytest.mark.parametrize("chunk_elements", [None, 40])
+@pytest.mark.parametrize(
+    ("chunk_elements", "passes"), [(None, EAGER), (40, EAGER), (40, FUSIBLE)], ids=["whole", "chunks", "fusible"]
+)
 @pytest.mark.parametrize("ignored", [0, 3, 12])
 @pytest.mark.parametrize("kind", [SequenceSplitCrossEntropy, VocabularyParallelCrossEntropy])
-def test_a_split_cross_entropy_is_the_whole_one(kind, ignored, chunk_elements):
-    for found, expected in run_workers(losses_of, 2, (12, 8, 20), kind, ignored, chunk_elements):
+def test_a_split_cross_entropy_is_the_whole_one(kind, ignored, chunk_elements, passes):
+    for found, expected in run_workers(losses_of, 2, (12, 8, 20), kind, ignored, chunk_elements, passes):
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)

@@ -54,6 +54,7 @@ def called(*names: str) -> SimpleNamespace:
         (["aten::linear", "aten::mm"], "products of blocks"),
         (["_LinearCrossEntropy", "meristem::product", "mkldnn::_linear_pointwise"], "loss"),
         (["_LinearCrossEntropyBackward", "aten::mul"], "loss"),
+        (["_LinearCrossEntropy", "Torch-Compiled Region: 0/0", "triton_red_fused_exp_sum_0"], "loss"),
         (["_RMSNorm", "aten::mul"], "norms"),
         (["aten::_scaled_dot_product_flash_attention_for_cpu", "aten::empty"], "attention"),
         (["CompiledFunction", "aten::mm"], "products of blocks"),

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
-from runtime.model.cross_entropy import IGNORE, LinearCrossEntropy
+from runtime.model.cross_entropy import EAGER, FUSIBLE, IGNORE, LinearCrossEntropy, Passes, compiled
+
+PASSES = pytest.mark.parametrize("passes", [EAGER, FUSIBLE], ids=["eager", "fusible"])
 
 
 def plain(hidden, weight, targets, z_loss):
@@ -22,12 +25,19 @@ def case(rows=37, size=24, vocab_size=53, dtype=torch.float64, ignored=5):
     return hidden, weight, targets
 
 
+def cross_entropy(chunk: int | None, passes: Passes) -> LinearCrossEntropy:
+    module = LinearCrossEntropy(chunk)
+    module.passes = passes
+    return module
+
+
+@PASSES
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("ignored", [0, 5, 37])
 @pytest.mark.parametrize("chunk", [1, 53 * 7, 53 * 37, 10**6, None])
-def test_values_and_gradients_equal_the_plain_loss(chunk, ignored, z_loss):
+def test_values_and_gradients_equal_the_plain_loss(chunk, ignored, z_loss, passes):
     hidden, weight, targets = case(ignored=ignored)
-    loss = LinearCrossEntropy(chunk)(hidden, weight, targets, z_loss)
+    loss = cross_entropy(chunk, passes)(hidden, weight, targets, z_loss)
     expected = plain(hidden, weight, targets, z_loss)
     torch.testing.assert_close(loss[:2], expected, rtol=1e-13, atol=1e-13)
     scale = 0.3
@@ -36,11 +46,12 @@ def test_values_and_gradients_equal_the_plain_loss(chunk, ignored, z_loss):
     torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-12)
 
 
+@PASSES
 @pytest.mark.parametrize("vocab_size", [53, 16])
-def test_float32_is_within_rounding_of_float64(vocab_size):
+def test_float32_is_within_rounding_of_float64(vocab_size, passes):
     exact = case(64, vocab_size=vocab_size)
     single = [each.detach().float().requires_grad_() for each in exact[:2]]
-    loss = LinearCrossEntropy(vocab_size * 20)(*single, exact[2], 1e-3)
+    loss = cross_entropy(vocab_size * 20, passes)(*single, exact[2], 1e-3)
     expected = plain(*exact, 1e-3)
     torch.testing.assert_close(loss.cross_entropy.double(), expected[0], rtol=1e-6, atol=0)
     gradients = torch.autograd.grad(loss.total, single)
@@ -55,9 +66,10 @@ def test_numerical_gradient_of_the_sum():
     torch.autograd.gradcheck(lambda h, w: loss(h, w, targets, 1e-2).total, (hidden, weight))
 
 
-def test_bf16_sums_and_accumulates_in_float32():
+@PASSES
+def test_bf16_sums_and_accumulates_in_float32(passes):
     hidden, weight, targets = case(512, 32, 40, torch.bfloat16)
-    loss = LinearCrossEntropy(40 * 16)(hidden, weight, targets)
+    loss = cross_entropy(40 * 16, passes)(hidden, weight, targets)
     assert loss.cross_entropy.dtype == torch.float32
     exact = [each.detach().double().requires_grad_() for each in (hidden, weight)]
     expected, _ = plain(*exact, targets, 0.0)
@@ -80,18 +92,37 @@ def test_without_gradients_only_the_values(frozen):
     torch.testing.assert_close(loss[:2], expected, rtol=1e-13, atol=0)
 
 
-def test_large_logits_do_not_overflow():
+@PASSES
+def test_large_logits_do_not_overflow(passes):
     hidden, weight, targets = case(dtype=torch.float32)
     with torch.no_grad():
-        loss = LinearCrossEntropy()(hidden * 1e3, weight, targets)
+        loss = cross_entropy(None, passes)(hidden * 1e3, weight, targets)
     assert loss.cross_entropy.isfinite()
 
 
-def test_a_loss_that_is_not_finite_is_not_hidden():
+@PASSES
+def test_a_loss_that_is_not_finite_is_not_hidden(passes):
     hidden, weight, targets = case(dtype=torch.float32, ignored=0)
     with torch.no_grad():
         hidden[3, 0] = torch.nan
-    assert LinearCrossEntropy()(hidden, weight, targets).cross_entropy.isnan()
+    assert cross_entropy(None, passes)(hidden, weight, targets).cross_entropy.isnan()
+
+
+def test_compiled_each_pass_is_one_kernel_that_computes_the_same():
+    """With a last chunk of fewer rows, as a GPU's loss has it."""
+    hidden, weight, targets = case(64, vocab_size=4096, dtype=torch.bfloat16)
+    torch.compiler.reset()
+
+    def step(passes):
+        loss = cross_entropy(4096 * 48, passes)(hidden, weight, targets, 1e-3)
+        return *loss[:2], *torch.autograd.grad(loss.total, (hidden, weight))
+
+    found, programs = run_and_get_code(step, compiled())
+    expected = step(EAGER)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-6, atol=0)
+    kernels = [program.count("async_compile.cpp_pybinding(") for program in programs]
+    assert kernels == [1, 1, 1, 1], "two passes, of 48 rows and of any number"
 
 
 def test_never_more_logits_than_a_chunk():
