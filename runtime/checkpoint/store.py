@@ -85,8 +85,8 @@ class CheckpointStore:
 
         Waits for an earlier save first, copies everything to host memory, and returns; nothing of `tensors` or
         `state` is read afterwards. The files are then written in the background: the tensors, then the state,
-        fsynced, and last the manifest, which makes the checkpoint visible. If any rank fails, all give it up and
-        what was written is removed.
+        fsynced, and last the manifest, which makes the checkpoint visible. If any rank fails before that, all give it
+        up and what was written is removed.
 
         In place of a tensor there may be this rank's parts of it as `LazyShard`s: they are not copied but computed when
         it is their turn to be written, `dcp.LAZY_FILES` at a time in the order given, so that a checkpoint may be
@@ -246,10 +246,15 @@ class CheckpointStore:
             written = self._write(name, staged, state)
         except Exception:
             with suppress(Exception):  # what cannot be removed stays invisible, and the first error is the one to tell
-                self._ranks.broadcast(partial(self._storage.remove_folder, name, MANIFEST))
+                self._ranks.broadcast(partial(self._discard, name))
             raise
         self._last_save_failed = False
         self._note("saved", name, bytes=written, seconds=time.perf_counter() - began, stall_seconds=stall)
+
+    def _discard(self, name: str) -> None:
+        """Remove what a failed save has written, but not where all of it was published before a rank was lost."""
+        if not self._storage.exists(f"{name}/{MANIFEST}"):
+            self._storage.remove_folder(name, MANIFEST)
 
     def _write(self, name: str, shards: Shards, state: str) -> int:
         """All files of a checkpoint, the manifest last; their size in bytes on the first rank."""

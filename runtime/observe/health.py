@@ -27,7 +27,8 @@ class HealthProbe:
 
     def depth_output(self, depth: int, x: Tensor) -> None:
         x = _local(x).detach().float()
-        self._squares[depth] = torch.stack((x.square().sum(dtype=torch.float64), x.new_tensor(x.numel()).double()))
+        number = x.new_full((), x.numel(), dtype=torch.float64)
+        self._squares[depth] = torch.stack((x.square().sum(dtype=torch.float64), number))
 
     def attention_logits(self, depth: int, maximum: Tensor) -> None:
         self._largest[depth] = _local(maximum).detach().float()

@@ -241,6 +241,23 @@ def test_a_full_disk_costs_a_warning_and_that_checkpoint(location: str, call: st
     assert store.wait() and store.newest() == name(2) and equal(loaded(store, name(2)), tensors(2))
 
 
+def test_a_checkpoint_that_is_published_when_a_rank_is_lost_stays(location: str, monkeypatch: pytest.MonkeyPatch):
+    """The first of a run, else: a launch that is restarted would begin anew."""
+    store = CheckpointStore(location)
+    publish = type(store._storage).publish
+
+    def lose_a_rank(*args: Any) -> None:
+        publish(*args)
+        raise RuntimeError("Connection closed by peer")
+
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="failed: .*Connection closed by peer"):
+        patch.setattr(type(store._storage), "publish", lose_a_rank)
+        save(store, 1)
+        assert not store.wait()
+    next_launch = CheckpointStore(location)
+    assert next_launch.newest() == name(1) and equal(loaded(next_launch, name(1)), tensors(1))
+
+
 # Asynchrony.
 
 
