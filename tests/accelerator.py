@@ -1,0 +1,91 @@
+"""An accelerator without a device: tensors that have a device and no data, to find what only a GPU would refuse.
+
+An operation on tensors of two devices raises, and so does any that the host would have to wait for. What asks `is_cuda`
+takes it for a GPU. It cannot be taken out of a process again: `install` it in one of its own.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode, fake_tensor
+from torch.utils import backend_registration
+
+from runtime.optim import ages
+
+NAME = "phantom"
+
+
+class _Stream:
+    """Of a device on which everything has happened already; an event as well."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def record_event(self, *_: object) -> "_Stream":
+        return self
+
+    def _nothing(self, *_: object) -> None:
+        pass
+
+    wait_stream = wait_event = record = wait = synchronize = _nothing
+
+
+class _Module(backend_registration._DummyBackendModule):
+    """What torch asks of `torch.cuda`, under another name."""
+
+    Stream = Event = current_stream = _Stream
+
+    def stream(self, stream: _Stream) -> _Stream:
+        return stream
+
+    def device(self, *_: object) -> nullcontext[None]:
+        return nullcontext()
+
+    def set_device(self, *_: object) -> None:
+        pass
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def is_available(self) -> bool:
+        return True
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+def install() -> FakeTensorMode:
+    """Make `torch.device(NAME)` the accelerator; its tensors are made in the mode that is returned, which parallel
+    plans, that compute with the ranks of a mesh, are to be made outside of."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    library = torch.library.Library("aten", "IMPL")
+
+    def empty(size: list[int], *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
+        with mode:
+            return torch.empty(size, dtype=dtype, device=device)
+
+    library.impl("empty.memory_format", empty, "PrivateUse1")
+    mode.library = library  # which undoes it when it is freed
+    fake_tensor.run_fallback_kernel = _in_place
+    ages._CHUNK[NAME] = ages._CHUNK["cuda"]
+    torch.Tensor.is_cuda = property(lambda self: self.device.type == NAME)
+    return mode
+
+
+def _in_place(mode: FakeTensorMode, operator: Any, arguments: list[Any], *_: Any) -> None:
+    """The fused optimizers, which fake tensors know no shapes of. Everything they take is on one device."""
+    assert "_fused_" in str(operator), f"{operator} has no fake kernel"
+    elsewhere = [each for each in arguments if isinstance(each, Tensor) and each.device.type != NAME]
+    assert not elsewhere, f"{operator} mixes devices: {elsewhere}"
