@@ -1,4 +1,4 @@
-"""Numbers that a configuration leaves to a law: `optim.lr = "auto"` and `batch.sequences = "auto"`."""
+"""Numbers that a configuration leaves to a law: learning rate, batch and weight decay that are "auto"."""
 
 import math
 import tomllib
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from runtime.config import Config
 from runtime.model.counts import count, flops_per_token
 from scaling.cells import AXES
-from scaling.decisions import NOTHING, is_too_far, settle
+from scaling.decisions import NOTHING, is_too_far, settle, weight_decay
 from scaling.laws import find
 from scaling.laws_file import read
 from scaling.proposal import inputs_of, law_for
@@ -19,10 +19,11 @@ from scaling.published import PUBLISHED, published
 from scaling.results import Bowl, Fit
 
 AUTO = "auto"
-QUANTITIES = {"batch.sequences": "batch_tokens", "optim.lr": "lr"}
-"""The quantity behind each key; in the order of resolution, as a law of the rate may be one of the batch too."""
+QUANTITIES = {"batch.sequences": "batch_tokens", "optim.lr": "lr", "optim.weight_decay": "timescale"}
+"""The quantity behind each key; in the order of resolution, as a law of the rate may be one of the batch too, and the
+decay of a timescale follows both."""
 DIGITS = 3
-"""Of a learning rate."""
+"""Of a learning rate and a weight decay."""
 GRAIN = 16
 """A batch is rounded to a multiple of a power of two that is at most one part in so many of it: many meshes can carry
 it then, and it moves by 3 % at most, far within the plateau."""
@@ -170,6 +171,8 @@ def told(record: Mapping[str, Any]) -> list[str]:
         if each["interval"]:
             interval = "95 % interval {:.4g} to {:.4g}".format(*each["interval"]) + unit
         lines.append(f"{key} = {each['value']:g} by {record['source']}: {each['exact']:.4g}{unit}, {interval}")
+        if key == "optim.weight_decay":
+            lines.append("  weight decay = batch / (learning rate * timescale * tokens)")
         lines.append(f"  {each['formula']} with {constants}; {each['publication']}")
     warnings = dict.fromkeys(warning for each in record["values"].values() for warning in each["warnings"])
     return lines + [f"warning: {each}" for each in warnings]
@@ -180,9 +183,10 @@ def unlike(fit: Fit, config: Config) -> list[str]:
     if not fit.details.get("published"):
         return []
     found, kind = [], config.model.parametrization.kind
-    if (config.optim.name, kind) != ("adamw", "standard"):
+    measured = "mup" if fit.quantity == "timescale" else "standard"
+    if (config.optim.name, kind) != ("adamw", measured):
         found.append(
-            "the law was measured with Adam under standard parametrisation, and this is "
+            f"the law was measured with Adam under {measured} parametrisation, and this is "
             f"{config.optim.name} under {kind}"
         )
     if config.model.experts.count:
@@ -202,7 +206,7 @@ def _value(
         raise ValueError(
             f'{key} = "auto": {laws.name} has no law of {quantity}; these have: {", ".join(_telling(quantity))}'
         )
-    asked = {name: each for name, each in known.items() if quantity == "lr" or not name.startswith("batch")}
+    asked = {name: each for name, each in known.items() if quantity != "batch_tokens" or not name.startswith("batch")}
     try:
         found = settle(
             NOTHING, laws.fits, laws.bowls, asked, far=far, quantities=AXES if quantity == "lr" else [quantity]
@@ -219,6 +223,8 @@ def _value(
         if not 2 / 3 < value * config.data.seq_len / estimate.value < 3 / 2:
             warnings.append(f"the mesh carries {value:,} sequences, and the law says {estimate.value:,.0f} tokens")
     else:
+        if key == "optim.weight_decay":
+            estimate = weight_decay(estimate, known | {"lr": config.optim.lr})
         value = round_rate(estimate.value)
     warnings += unlike(fit, config)
     warnings += [f"law of {quantity} ({fit.law}): {each.message}" for each in fit.verdicts if each.level != "ok"]

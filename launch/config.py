@@ -108,8 +108,8 @@ def _value(text: str) -> Any:
 
 
 def _resolve_auto(raw: dict[str, Any], processes: int) -> dict[str, Any] | None:
-    """model.vocab_size = "auto" becomes the size of the tokenizer's vocabulary; optim.lr and batch.sequences what a law
-    says of them, whose record is returned."""
+    """model.vocab_size = "auto" becomes the size of the tokenizer's vocabulary; what else is "auto" what a law says of
+    it, whose record is returned."""
     model = raw.get("model")
     if isinstance(model, dict) and model.get("vocab_size") == "auto":
         model["vocab_size"] = _tokenizer_size(tokenizer_path(raw.get("data", {})))

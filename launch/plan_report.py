@@ -28,6 +28,8 @@ NAMES = {
     "D": "tokens",
     "batch_tokens": "batch, tokens",
     "lr": "learning rate",
+    "timescale": "timescale of weight decay",
+    "weight_decay": "weight decay",
     "loss": "loss",
 }
 

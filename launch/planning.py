@@ -104,7 +104,7 @@ class Plan:
 def open_preset(path: str, overrides: Sequence[str]) -> Preset:
     """A preset, with placeholders for what a plan decides. ValueError for one that cannot be."""
     raw = read(path)
-    for section, key, value in (("optim", "lr", 1e-3), ("batch", "sequences", 1)):
+    for section, key, value in (("optim", "lr", 1e-3), ("optim", "weight_decay", 0.1), ("batch", "sequences", 1)):
         if isinstance(raw.get(section), dict) and raw[section].get(key) == "auto":
             raw[section][key] = value
     config = validated(raw, overrides, path)
@@ -118,6 +118,8 @@ def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machin
     fits = told_by(laws, [name for name in QUANTITIES if name != "loss" or target.splits])
     if not target.splits and (loss := law_for(laws.fits, "loss")[0]):
         fits = {"loss": loss} | fits  # which nothing that is asked for depends on
+    if timescale := law_for(laws.fits, "timescale")[0]:
+        fits = fits | {"timescale": timescale}
     if not fits:
         raise ValueError(f"{laws.name} has no law of {', '.join(QUANTITIES)}")
     size = next(iter(fits.values())).size
@@ -201,6 +203,11 @@ def _shaped(
     raw["schedule"]["horizon"] = whole_steps(tokens, batch_tokens)
     if "lr" in fits:
         raw["optim"]["lr"] = round_rate(decision.proposal["lr"].value)
+    if "timescale" in fits:
+        run = {"batch_tokens": batch_tokens, "lr": raw["optim"]["lr"], "tokens": raw["schedule"]["horizon"]}
+        decay = decisions.weight_decay(decision.proposal["timescale"], run)
+        raw["optim"]["weight_decay"] = round_rate(decay.value)
+        decision = replace(decision, proposal={**decision.proposal, "weight_decay": decay})
     unalike = dict.fromkeys(said for fit in fits.values() for said in unlike(fit, config))
     warned = (Verdict("warning", "unlike", each) for each in unalike)
     decision = replace(decision, verdicts=(*decision.verdicts, *warned))

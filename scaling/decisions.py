@@ -1,4 +1,4 @@
-"""What laws decide: the sizes of a target, then learning rate, batch and loss of a run, with what they risk.
+"""What laws decide: the sizes of a target, then learning rate, batch, weight decay and loss of a run, and their risk.
 
 fit, plan, "auto" values and the replay of `benchmarks/scaling_design.py` all decide here, and differ in what they do
 with a verdict of failure: nothing is proposed, or the command is refused.
@@ -14,6 +14,7 @@ import numpy as np
 from scaling import optima
 from scaling.candidates import SIZES as COUNTS
 from scaling.cells import AXES
+from scaling.laws.timescale import weight_decay_of
 from scaling.proposal import FLOPS, allocate, extrapolation, law_for, loss_at, outside, reach, value_at
 from scaling.results import Bowl, Decision, Estimate, Fit, Verdict
 from scaling.table import column_of
@@ -141,10 +142,11 @@ def settle(
     known: Mapping[str, float],
     *,
     far: bool = False,
-    quantities: Sequence[str] = (*AXES, "loss"),
+    quantities: Sequence[str] = (*AXES, "loss", "timescale"),
     seed: int = 0,
 ) -> Decision:
-    """A decision of sizes with learning rate, batch and loss of a run of these columns (`scaling.columns`).
+    """A decision of sizes with learning rate, batch and loss of a run of these columns (`scaling.columns`), and where
+    there is a law of the timescale of weight decay with that and with the decay.
 
     A batch among `known` is kept, and the rate follows it. A law that is not identified is a failure of code "law";
     one that is further from its data than is trusted, of code "extrapolation", with `far` a warning. ValueError for a
@@ -164,10 +166,14 @@ def settle(
     said += outside(list(laws.values()), known)
     said += [each for each in best.verdicts if each.code not in ("extrapolation", "outside")]
     proposal = dict(found.proposal) | {name: best.proposal[name] for name in AXES if name in best.proposal}
+    settled = known | {name: each.value for name, each in proposal.items() if name in AXES}
+    if "timescale" in laws:
+        proposal["timescale"] = value_at(laws["timescale"], settled)
+        if {"batch_tokens", "lr", "tokens"} <= settled.keys():
+            proposal["weight_decay"] = weight_decay(proposal["timescale"], settled)
     if "loss" in laws:
-        settled = {name: each.value for name, each in proposal.items() if name in AXES}
         try:
-            proposal["loss"] = loss_at(laws["loss"], known | settled, best.excess)
+            proposal["loss"] = loss_at(laws["loss"], settled, best.excess)
         except ValueError as error:
             said.append(Verdict("warning", "not_told", f"no loss is predicted: {error}"))
     if len({fit.size for fit in laws.values()}) > 1 and len({known.get(name) for name in COUNTS}) == 1:
@@ -184,6 +190,17 @@ def settle(
         tuple(said),
         best.excess,
     )
+
+
+def weight_decay(timescale: Estimate, known: Mapping[str, float]) -> Estimate:
+    """The weight decay of a timescale, at the learning rate, batch and tokens of a run; the interval is by the
+    timescale's alone."""
+    of = {name: known[name] for name in ("batch_tokens", "lr", "tokens")}
+    ends = (
+        weight_decay_of(each, **of) if each > 0 else math.inf
+        for each in (timescale.value, timescale.high, timescale.low)
+    )
+    return Estimate(*ends)
 
 
 def _settings(

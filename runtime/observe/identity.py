@@ -92,7 +92,11 @@ def identity(
 
 def _law_before(law: dict[str, Any] | None, config: Config) -> dict[str, Any] | None:
     """A law that was recorded, if the numbers are still the ones that it gave."""
-    now = {"optim.lr": config.optim.lr, "batch.sequences": config.batch.sequences}
+    now = {
+        "optim.lr": config.optim.lr,
+        "optim.weight_decay": config.optim.weight_decay,
+        "batch.sequences": config.batch.sequences,
+    }
     values = (law or {}).get("values", {})
     return law if values and all(each.get("value") == now.get(key) for key, each in values.items()) else None
 

@@ -208,7 +208,8 @@ def _optimum(bowl: Bowl, name: str) -> Cell:
 
 def decisions(found: Sequence[Decision]) -> Table:
     """What is proposed for each target."""
-    names = [name for name in ("N", "D", "lr", "batch_tokens", "loss") if any(name in each.proposal for each in found)]
+    known = ("N", "D", "lr", "batch_tokens", "timescale", "weight_decay", "loss")
+    names = [name for name in known if any(name in each.proposal for each in found)]
     rows = []
     for each in found:
         proposed = [estimated(each.proposal.get(name), written(name)) for name in names]

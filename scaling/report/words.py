@@ -13,6 +13,8 @@ LABELS = {
     "tokens": "tokens",
     "lr": "learning rate",
     "batch_tokens": "batch (tokens)",
+    "timescale": "timescale of weight decay",
+    "weight_decay": "weight decay",
     "flops": "FLOPs",
     "N": "parameters",
     "D": "tokens",

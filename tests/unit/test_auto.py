@@ -92,6 +92,30 @@ def test_a_law_of_the_batch_sees_the_rounded_batch(preset, tmp_path):
     assert config.optim.lr == pytest.approx(1e-6 * math.sqrt(config.batch.sequences * 2048), rel=5e-3)
 
 
+def test_the_weight_decay_gives_the_timescale_of_a_publication(preset):
+    config = compose(
+        preset, ["optim.weight_decay=auto", "law.source=power-lines", "optim.lr=0.003", "batch.sequences=512"]
+    )
+    timescale = 1.084 * (5e9 / count(config.model).total) ** -0.527
+    assert config.optim.weight_decay == pytest.approx(512 * 2048 / (0.003 * timescale * 5e9), rel=5e-3)
+    assert any(
+        "weight decay = batch / (learning rate * timescale * tokens)" in each for each in told(config.law_record)
+    )
+    assert "the law was measured with Adam under mup parametrisation" in " ".join(told(config.law_record))
+
+
+def test_the_weight_decay_follows_the_rate_and_the_batch_of_the_same_laws(preset, tmp_path):
+    timescale = fit("weight_decay_timescale", {"c": 1.084, "b": -0.527})
+    path = write_laws(tmp_path / "laws.json", timescale, rate_fit(), batch_fit())
+    config = compose(preset, [f"law.source={path}", "optim.weight_decay=auto"])
+    per_parameter = 5e9 / count(config.model).non_embedding
+    steps = 5e9 / (config.batch.sequences * 2048)
+    expected = 1 / (config.optim.lr * 1.084 * per_parameter**-0.527 * steps)
+    assert config.optim.weight_decay == pytest.approx(expected, rel=5e-3)
+    record = config.law_record["values"]["optim.weight_decay"]
+    assert record["interval"][0] < record["exact"] < record["interval"][1]
+
+
 def test_warnings_of_a_law_are_recorded(preset, tmp_path):
     few = Verdict("warning", "few_cells", "5 cells for 3 coordinates")
     path = write_laws(tmp_path / "laws.json", replace(rate_fit(), verdicts=(few,)), batch_fit())
@@ -162,13 +186,16 @@ def test_a_run_that_exists_keeps_its_numbers_whatever_the_law_says_by_now(preset
     assert "as in" in told(again.law_record)[0]
 
 
-def test_run_json_keeps_the_law_while_the_numbers_are_its_own(preset):
-    config = compose(preset)
+@pytest.mark.parametrize("overrides", [(), ("optim.weight_decay=auto",)])
+def test_run_json_keeps_the_law_while_the_numbers_are_its_own(preset, tmp_path, overrides):
+    timescale = fit("weight_decay_timescale", {"c": 1.084, "b": -0.527})
+    path = write_laws(tmp_path / "laws.json", timescale, rate_fit(), batch_fit())
+    config = compose(preset, [f"law.source={path}", *overrides])
     first = identity(segments(config)[0], sources=[], law=config.law_record)
     assert first["law"]["values"]["optim.lr"]["value"] == config.optim.lr
     resumed = identity(segments(config)[0], sources=[], previous=first, law={"recorded": "config.toml", "values": {}})
     assert resumed["law"] == first["law"]
-    other = compose(preset, ["optim.lr=0.25", "batch.sequences=64"])
+    other = compose(preset, ["optim.lr=0.25", "batch.sequences=64", "optim.weight_decay=0.3"])
     assert "law" not in identity(segments(other)[0], sources=[], previous=first)
 
 
@@ -176,6 +203,10 @@ REFUSED = {
     "no source": (["law.source="], "needs law.source: a laws file, or one of step-law, deepseek, porian"),
     "no law": (["law.source=nowhere"], "'nowhere' is neither a laws file nor a published law; accepted: step-law"),
     "no quantity": (["law.source=chinchilla"], "chinchilla has no law of batch_tokens; these have: step-law, deepseek"),
+    "no timescale": (
+        ["optim.weight_decay=auto", "optim.lr=0.1", "batch.sequences=64"],
+        'optim.weight_decay = "auto": step-law has no law of timescale; these have: power-lines',
+    ),
     "too far": (["schedule.horizon=100T"], "batch.sequences: .* times the most .*; law.far = true takes it"),
     "growth": (['growth=[{operator="stack", at="1B"}]'], "a law is of one shape, and this run grows"),
     "no value": (

@@ -307,6 +307,32 @@ def test_the_plan_is_written_as_a_configuration_that_composes(tmp_path, preset, 
     assert code == 2 and "is there, and is another plan" in err
 
 
+def test_a_law_of_the_timescale_gives_the_weight_decay(tmp_path, preset, capsys):
+    """At the rate and the batch of the run, and without one at those that are proposed."""
+    timescale = fit("weight_decay_timescale", {"c": 1.084, "b": -0.527})
+    laws, out = write_laws(tmp_path, *small_fits(), timescale, bowls=bowls()), tmp_path / "plans"
+    code, said, err = run(capsys, "--laws", laws, "--compute", "1e13", "--config", preset, "--out", str(out))
+    assert code == 0, err
+    config = compose(next(out.glob("*.toml")))
+    tau = 1.084 * (config.schedule.horizon / count(config.model).non_embedding) ** -0.527
+    steps = config.schedule.horizon / (config.batch.sequences * 64)
+    assert config.optim.weight_decay == pytest.approx(1 / (config.optim.lr * tau * steps), rel=0.02)
+    assert "timescale of weight decay" in said and "\nweight decay " in said
+    found = make_plan_of(laws, Target(compute=1e13), None).decision.proposal
+    rate, batch, tokens = (found[name].value for name in ("lr", "batch_tokens", "D"))
+    assert found["weight_decay"].value == pytest.approx(batch / (rate * found["timescale"].value * tokens))
+
+
+def test_a_published_timescale_is_for_the_rate_of_the_preset(preset):
+    """The test vector of Power Lines: 1e9 parameters, 2e10 tokens, batches of 1e6, lr 3e-3."""
+    one = Estimate(1.084 * 20**-0.527, 0.0, math.inf)
+    found = decisions.weight_decay(one, {"batch_tokens": 1e6, "lr": 3e-3, "tokens": 2e10})
+    assert found.value == pytest.approx(0.0745525, rel=1e-5) and (found.low, found.high) == (0.0, math.inf)
+    plan = make_plan_of("power-lines", Target(params=2e5, tokens=4e6), open_preset(preset, ["optim.lr=0.125"]))
+    assert plan.config.optim.lr == 0.125
+    assert plan.config.optim.weight_decay == pytest.approx(plan.decision.proposal["weight_decay"].value, rel=5e-3)
+
+
 def test_a_hostile_name_of_the_laws_stays_a_comment(tmp_path, preset, capsys):
     folder = tmp_path / 'a\n[run]\nname = "b"'
     folder.mkdir()
