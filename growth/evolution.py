@@ -16,8 +16,6 @@ from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
 from runtime.state import TrainState
 
-CONTINUE = {"kind": "continue"}
-
 
 def describe(
     plan: Plan, steps: Sequence[Step], *, moments: Any, rates: str, schedule: Mapping[str, Any], seq_len: int

@@ -58,9 +58,9 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
         for each, handler in zip(SIGNALS, self._handlers_before, strict=True):
             signal.signal(each, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
         self._sender.close()
         self._thread.join()
         self._receiver.close()
