@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode, fake_tensor
+from torch._subclasses import FakeTensor, FakeTensorMode, fake_impls, fake_tensor
 from torch.utils import backend_registration
 
 from runtime.optim import ages
@@ -65,23 +65,50 @@ class _Module(backend_registration._DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-def install() -> FakeTensorMode:
-    """Make `torch.device(NAME)` the accelerator; its tensors are made in the mode that is returned, which parallel
-    plans, that compute with the ranks of a mesh, are to be made outside of."""
+def install(*, reads: bool = False) -> FakeTensorMode:
+    """Make `torch.device(NAME)` the accelerator; what is made on the host stays real. With `reads` the host may wait
+    for what it computes, and reads numbers without a meaning. Returns the mode that its tensors are of."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     library = torch.library.Library("aten", "IMPL")
 
-    def empty(size: list[int], *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
-        with mode:
-            return torch.empty(size, dtype=dtype, device=device)
+    def empty(size: list[int], *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return FakeTensor(mode, torch.empty(size, dtype=dtype, device="meta"), torch.device(NAME, 0))
+
+    def empty_strided(size: list[int], stride: list[int], *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return FakeTensor(mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), torch.device(NAME, 0))
 
     library.impl("empty.memory_format", empty, "PrivateUse1")
+    library.impl("empty_strided", empty_strided, "PrivateUse1")
     mode.library = library  # which undoes it when it is freed
     fake_tensor.run_fallback_kernel = _in_place
+    if reads:
+        fake_impls.op_implementations_dict |= READS
     ages._CHUNK[NAME] = ages._CHUNK["cuda"]
     torch.Tensor.is_cuda = property(lambda self: self.device.type == NAME)
     return mode
+
+
+def _number(mode: FakeTensorMode, operator: Any, tensor: Tensor) -> bool | int | float:
+    return {torch.bool: False, torch.float64: 1.0}.get(tensor.dtype, 0.0 if tensor.is_floating_point() else 0)
+
+
+def _copy(mode: FakeTensorMode, operator: Any, tensor: Tensor, *, device: Any = None, **options: Any) -> Any:
+    if device is None or torch.device(device).type != "cpu" or tensor.device.type != NAME:
+        return NotImplemented
+    return torch.zeros(tensor.shape, dtype=options.get("dtype") or tensor.dtype)
+
+
+def _everywhere(mode: FakeTensorMode, operator: Any, tensor: Tensor) -> Tensor:
+    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
+
+
+READS = {
+    torch.ops.aten._local_scalar_dense.default: _number,
+    torch.ops.aten._to_copy.default: _copy,
+    torch.ops.aten.nonzero.default: _everywhere,
+}
+"""What the host reads of the accelerator's tensors: ones of float64, else zeros; and no entry of a mask is left out."""
 
 
 def _in_place(mode: FakeTensorMode, operator: Any, arguments: list[Any], *_: Any) -> None:
