@@ -52,6 +52,16 @@ SHAPES = {
 Llama 3's)."""
 
 
+def write_tokens(prefix: Path, vocab_size: int, number: int) -> None:
+    """A token file, PREFIX.bin and .idx, of one document of random tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # seconds, and warnings
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder.add_item(torch.from_numpy(np.random.default_rng(0).integers(vocab_size, size=number)))
+    builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+
+
 def arguments(document: str, pairs: int, counted: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have; `counted`: what there are `pairs` of by default."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)

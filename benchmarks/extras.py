@@ -25,9 +25,8 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.bench import Shape, arguments, headline, parse, ratio, this_device, write
+from benchmarks.bench import Shape, arguments, headline, parse, ratio, this_device, write, write_tokens
 from benchmarks.floor import bandwidth, bandwidth_to_host
-from benchmarks.overhead import write_tokens
 from launch.chain import growing
 from launch.config import dump
 from launch.growth_config import RunConfiguration, segments
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     with process_group(600):
         for name in options.parts:
             with tempfile.TemporaryDirectory() as folder:
-                write_tokens(shape, Path(folder))
+                write_tokens(Path(folder) / "train", shape.vocab_size, 2_000_000)
                 for label, each in measures[name](Path(folder)).items():
                     found[label] = each
                     middle, low, high = each["ratio"]

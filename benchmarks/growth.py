@@ -23,14 +23,12 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 if not __package__:  # beside this file, which has a package's name, that package would not be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.bench import machine, ratio, this_device
+from benchmarks.bench import machine, ratio, this_device, write_tokens
 from launch.chain import growing
 from launch.config import dump
 from launch.grow import main as grow
@@ -46,11 +44,7 @@ SEQUENCES, SEQ_LEN = 4, 128
 
 def configuration(options: argparse.Namespace, folder: Path) -> RunConfiguration:
     """A run on random tokens that would grow before its first step."""
-    rng = np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{folder / 'train'}.bin", dtype=np.uint16)
-    builder.add_item(torch.from_numpy(rng.integers(options.vocab, size=50_000)))
-    builder.end_document()
-    builder.finalize(f"{folder / 'train'}.idx")
+    write_tokens(folder / "train", options.vocab, 50_000)
     model = {"num_layers": options.layers, "hidden_size": options.hidden, "intermediate_size": 4 * options.hidden}
     return RunConfiguration.model_validate(
         {

@@ -14,15 +14,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from torch import nn
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.bench import Shape, arguments, batches, headline, parse, ratio, timed, write
+from benchmarks.bench import Shape, arguments, batches, headline, parse, ratio, timed, write, write_tokens
 from runtime.assembly import open_trainer
 from runtime.config import Config, ParallelConfig
 from runtime.model.decoder import Decoder
@@ -35,18 +33,9 @@ STEPS = 10
 """Steps of one measurement: a logging interval."""
 
 
-def write_tokens(shape: Shape, folder: Path) -> None:
-    """A token file `train` of random tokens."""
-    rng = np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{folder / 'train'}.bin", dtype=np.uint16)
-    builder.add_item(torch.from_numpy(rng.integers(shape.vocab_size, size=2_000_000)))
-    builder.end_document()
-    builder.finalize(f"{folder / 'train'}.idx")
-
-
 def configuration(shape: Shape, folder: Path, steps: int) -> Config:
     """A run long enough, on random tokens, that does all a run does but evaluate and save."""
-    write_tokens(shape, folder)
+    write_tokens(folder / "train", shape.vocab_size, 2_000_000)
     return Config.model_validate(
         {
             "run": {"name": "overhead", "dir": str(folder)},

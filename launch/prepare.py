@@ -20,6 +20,9 @@ Tokenize text, JSON lines, Parquet or folders of files into a Megatron .bin/.idx
 for held-out documents and DIR/tokenizer.json. An interrupted preparation continues with the same command; a
 finished one is left as it is.
 """
+EPILOG = """\
+Exit codes: 0 done, 2 bad input, and nothing is written; 1 stopped, 130 interrupted: the same command continues.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("prepare", description=DESCRIPTION)
+    parser = argparse.ArgumentParser("prepare", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files and folders")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of what is prepared")
     parser.add_argument(
         "--format", choices=FORMATS, default="auto", help="by default from each file's suffix, else text"
     )
