@@ -182,6 +182,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient = passes.gradient(read, own, factor, index, -valid * here).to(hidden.dtype)
                 hidden_grad[start : start + rows] = product(gradient, weight.mT)
                 weight_grad += product_over_rows(gradient, chunk)
+                del gradient
+            del read  # the next chunk's logits need no memory beside these
         if needs_gradient:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.dtypes = hidden.dtype, weight.dtype

@@ -39,9 +39,10 @@ def memory(network: Network, parallel: ParallelConfig, layout: Layout, batch: Ba
     ends = 2 * batch.tokens * network.config.hidden_size * compute
     at_loss = earlier + compute * gathered + kept + ends + _logits(network, parallel, layout, batch, compute)
     # The head's gradient waits for the embedding's; a block's own are there twice, in the buffer that is reduced; and
-    # the parameters of the next block are.
+    # the parameters of the next block are, if there is another one.
     head = min(root, network.config.vocab_size * network.config.hidden_size / layout.tensor)
-    moving = head + block * (3 if parallel.reshard_after_forward else 2)
+    brings_next = parallel.reshard_after_forward and sum(copies for _, copies in sizes) > 1
+    moving = head + block * (3 if brings_next else 2)
     working = _working(network, parallel, layout, batch)
     at_backward = earlier + compute * (gathered + moving + working) + kept
     at_end = gradients + root * (compute + 4)
@@ -85,12 +86,12 @@ def _working(network: Network, parallel: ParallelConfig, layout: Layout, batch: 
 
 
 def _logits(network: Network, parallel: ParallelConfig, layout: Layout, batch: Batch, compute: int) -> float:
-    """The loss: a chunk of logits, and where it is not compiled another in float32; beside it either the chunk before
-    or its part of the head's gradient; that gradient is gathered in float32."""
+    """The loss: a chunk of logits, and where it is not compiled another in float32; beside it its part of the head's
+    gradient; that gradient is gathered in float32."""
     config = network.config
     even = config.vocab_size % layout.tensor == 0
     vocabulary = config.vocab_size // layout.tensor if even else config.vocab_size
     positions = batch.tokens if even else math.ceil(batch.tokens / layout.tensor)
     rows = min(positions, LinearCrossEntropy().chunk_rows(_GPU, vocabulary))
     weight, chunk = vocabulary * config.hidden_size, (compute if parallel.compile else 4 + compute) * rows * vocabulary
-    return 4 * weight + max(chunk + compute * weight, chunk * (2 if rows < positions else 1))
+    return 4 * weight + chunk + compute * weight
