@@ -81,11 +81,19 @@ def find_candidates(
             elif not any(each.law.name == name and same_size(each, candidate) for each in found):
                 found.append(candidate)
     if not found:
-        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ValueError(f"no law of loss can be fitted to these {int(rows.sum())} rows: {told or 'no size is known'}")
+        told = _by_reason(reasons) or "no size is known"
+        raise ValueError(f"no law of loss can be fitted to these {int(rows.sum())} rows: {told}")
     left_out = {name: reason for name, reason in reasons.items() if name not in {each.law.name for each in found}}
     verdicts = (Verdict("ok", "no_candidate", f"{name} is not considered: {why}") for name, why in left_out.items())
     return rows, tuple(found), tuple(verdicts)
+
+
+def _by_reason(reasons: Mapping[str, str]) -> str:
+    """Each reason once, with the laws that it is one for."""
+    laws: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        laws.setdefault(reason, []).append(name)
+    return "; ".join(f"{reason} ({', '.join(names)})" for reason, names in laws.items())
 
 
 def same_size(one: Candidate, other: Candidate) -> bool:
