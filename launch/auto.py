@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from runtime.config import Config
 from runtime.model.counts import count, flops_per_token
 from scaling.cells import AXES
-from scaling.decisions import NOTHING, is_too_far, settle, weight_decay
+from scaling.decisions import NOTHING, is_too_far, settle
 from scaling.laws import find
 from scaling.laws_file import read
 from scaling.proposal import inputs_of, law_for
@@ -22,6 +22,12 @@ AUTO = "auto"
 QUANTITIES = {"batch.sequences": "batch_tokens", "optim.lr": "lr", "optim.weight_decay": "timescale"}
 """The quantity behind each key; in the order of resolution, as a law of the rate may be one of the batch too, and the
 decay of a timescale follows both."""
+COLUMNS = {
+    "batch.sequences": ("batch_sequences", "batch_tokens"),
+    "optim.lr": ("lr",),
+    "optim.weight_decay": ("weight_decay",),
+}
+"""What is known of a run only once the key has its number."""
 DIGITS = 3
 """Of a learning rate and a weight decay."""
 GRAIN = 16
@@ -93,8 +99,9 @@ def resolve(raw: dict[str, Any], processes: int) -> dict[str, Any] | None:
         )
     laws = open_laws(source)
     values = {}
-    for key in asked:
-        known = {name: each for name, each in columns_of(config).items() if name != "lr"}
+    for number, key in enumerate(asked):
+        open_ = {name for each in asked[number:] for name in COLUMNS[each]}
+        known = {name: each for name, each in columns_of(config).items() if name not in open_}
         values[key] = _value(key, laws, config, known, processes, far)
         _set(raw, key, values[key]["value"])
         config = _config(raw)
@@ -206,26 +213,32 @@ def _value(
         raise ValueError(
             f'{key} = "auto": {laws.name} has no law of {quantity}; these have: {", ".join(_telling(quantity))}'
         )
-    asked = {name: each for name, each in known.items() if quantity != "batch_tokens" or not name.startswith("batch")}
+    hint = "; give schedule.horizon" if "tokens" not in known else ""
     try:
         found = settle(
-            NOTHING, laws.fits, laws.bowls, asked, far=far, quantities=AXES if quantity == "lr" else [quantity]
+            NOTHING, laws.fits, laws.bowls, known, far=far, quantities=AXES if quantity == "lr" else [quantity]
         )
     except ValueError as error:
-        hint = "; give schedule.horizon" if "tokens" not in known else ""
         raise ValueError(f"{key}: {error}{hint}") from None
     warnings = [each.message for each in found.verdicts if each.level != "ok"]
     if is_too_far(found):
         raise ValueError(f"{key}: {warnings[0]}; law.far = true takes it nevertheless")
-    estimate = found.proposal[quantity]
+    wanted = "weight_decay" if quantity == "timescale" else quantity
+    if wanted not in found.proposal:
+        reason = warnings[0] if warnings else "it needs the tokens of the run"
+        raise ValueError(f"{key}: {reason}{hint}")
+    estimate = found.proposal[wanted]
     if key == "batch.sequences":
         value: float = round_batch(estimate.value, config, processes)
         if not 2 / 3 < value * config.data.seq_len / estimate.value < 3 / 2:
             warnings.append(f"the mesh carries {value:,} sequences, and the law says {estimate.value:,.0f} tokens")
     else:
-        if key == "optim.weight_decay":
-            estimate = weight_decay(estimate, known | {"lr": config.optim.lr})
         value = round_rate(estimate.value)
+    if key == "optim.weight_decay" and config.batch.kind != "constant" and config.batch.coupling.weight_decay == "none":
+        warnings.append(
+            "the batch changes in this run, and the decay is that of the first one; batch.coupling.weight_decay = "
+            '"timescale" lets it follow'
+        )
     warnings += unlike(fit, config)
     warnings += [f"law of {quantity} ({fit.law}): {each.message}" for each in fit.verdicts if each.level != "ok"]
     return {

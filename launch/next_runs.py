@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.auto import FileLaws, Laws, round_batch, round_rate
+from launch.auto import FileLaws, Laws, columns_of, round_batch, round_rate
 from launch.growth_config import RunConfiguration
 from launch.planning import (
     Machine,
@@ -25,7 +25,7 @@ from launch.planning import (
 from launch.shapes import Family
 from runtime.model.counts import count as counted
 from scaling.columns import DIVERGED, RUNNING
-from scaling.decisions import by_parameter
+from scaling.decisions import NOTHING, by_parameter, settle
 from scaling.design import Proposal, next_runs, of_one_training
 from scaling.proposal import reach
 
@@ -59,6 +59,8 @@ def design(
     if not isinstance(laws, FileLaws):
         raise ValueError(f"--next needs the runs that a laws file keeps, and {laws.name} is a publication")
     fits = told_by(laws, ["loss"] if target.splits else [])
+    if preset is not None and "optim.weight_decay" in preset.auto:
+        told_by(laws, ["timescale"])
     ordered = sorted(laws.fits, key=lambda fit: ("lr", "batch_tokens", "loss", fit.quantity).index(fit.quantity))
     known = ordered[0] if ordered else None
     size = known.size if known else "non_embedding"
@@ -82,19 +84,19 @@ def design(
         rows = rows.where(alike)
     chosen = next_runs(rows, size, [(found["N"].value, found["D"].value)], count=count, budget_flops=budget)
     runs = [NextRun(each, number, len(chosen), size, notes=warned) for number, each in enumerate(chosen, 1)]
-    return [_configured(run, preset, machine) for run in runs] if preset else runs
+    return [_configured(run, laws, preset, machine) for run in runs] if preset else runs
 
 
-def _configured(run: NextRun, preset: Preset, machine: Machine) -> NextRun:
+def _configured(run: NextRun, laws: Laws, preset: Preset, machine: Machine) -> NextRun:
     """The run with its configuration. ValueError, naming the run, where the machine cannot hold it."""
     try:
-        return first_held(preset, machine, partial(_shaped, run, preset, machine))
+        return first_held(preset, machine, partial(_shaped, run, laws, preset, machine))
     except ValueError as error:
         each = run.proposal
         raise ValueError(f"run {run.number} of {run.count} (N = {each.N:.4g}, D = {each.D:.4g}): {error}") from None
 
 
-def _shaped(run: NextRun, preset: Preset, machine: Machine, tensor: int) -> NextRun | None:
+def _shaped(run: NextRun, laws: Laws, preset: Preset, machine: Machine, tensor: int) -> NextRun | None:
     """The nearest shape, and the batch that the mesh carries, with a tensor-parallel degree; None where the machine
     cannot hold it."""
     each, notes = run.proposal, list(run.notes)
@@ -108,6 +110,11 @@ def _shaped(run: NextRun, preset: Preset, machine: Machine, tensor: int) -> Next
         notes.append(f"the mesh carries batches of {sequences:,} sequences")
     raw["batch"]["sequences"], raw["optim"]["lr"] = sequences, round_rate(each.lr)
     raw["schedule"]["horizon"] = whole_steps(each.D, sequences * preset.config.data.seq_len)
+    if "optim.weight_decay" in preset.auto:
+        known = {name: value for name, value in columns_of(checked(raw)).items() if name != "weight_decay"}
+        decided = settle(NOTHING, laws.fits, laws.bowls, known, far=True, quantities=["timescale"])
+        preset.refuse_placeholders({"lr", "batch_tokens", *decided.proposal}, laws)
+        raw["optim"]["weight_decay"] = round_rate(decided.proposal["weight_decay"].value)
     raw["run"]["name"] += f"-next-{run.number}-{short(have)}-{short(each.D)}"
     if (held := held_by(raw, machine)) is None:
         return None

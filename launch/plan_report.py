@@ -165,7 +165,8 @@ def _run(plan: Plan, throughput: float | None) -> list[str]:
         f"{model.intermediate_size}, {model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} key-value heads",
         f"  {counts.total:,} parameters, {counts.non_embedding:,} without embeddings; {horizon:,} tokens, "
         f"{flops_per_token(model, seq_len) * horizon:.4g} FLOPs",
-        f"  lr {config.optim.lr:g}, batches of {config.batch.sequences:,} sequences of {seq_len:,}, "
+        f"  lr {config.optim.lr:g}, weight decay {config.optim.weight_decay:g}, batches of "
+        f"{config.batch.sequences:,} sequences of {seq_len:,}, "
         f"{horizon // (config.batch.sequences * seq_len):,} steps",
     ]
     if plan.memory is not None:

@@ -1,7 +1,7 @@
 """From laws and a target to a configuration: sizes, a shape, the settings, and what the machine can hold."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from launch.auto import Laws, columns_of, round_batch, round_rate, unlike
+from launch.auto import AUTO, Laws, columns_of, round_batch, round_rate, unlike
 from launch.config import read, validated
 from launch.growth_config import RunConfiguration
 from launch.shapes import Family
@@ -25,7 +25,10 @@ from scaling.proposal import law_for
 from scaling.results import Decision, Fit, Plateau, Verdict
 
 Made = TypeVar("Made")
-QUANTITIES = ("loss", "batch_tokens", "lr")
+QUANTITIES = ("loss", "batch_tokens", "lr", "timescale")
+PLACEHOLDERS = {"optim.lr": 1e-3, "optim.weight_decay": 0.1, "batch.sequences": 1}
+QUANTITIES_OF = {"optim.lr": "lr", "optim.weight_decay": "weight_decay", "batch.sequences": "batch_tokens"}
+"""What decides each key that a preset may leave to laws."""
 SHAPE = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
 FEW_LAYERS = 2, 4
 """Of the models by which the memory of deep ones is guessed."""
@@ -85,6 +88,17 @@ class Preset:
 
     raw: dict[str, Any]
     config: RunConfiguration
+    auto: frozenset[str]
+    """The keys that are left to the laws, with placeholders in `raw` and `config`."""
+
+    def refuse_placeholders(self, decided: Container[str], laws: Laws) -> None:
+        """ValueError if a key that is left to the laws is decided by none of them."""
+        for key in sorted(self.auto):
+            if QUANTITIES_OF[key] not in decided:
+                raise ValueError(
+                    f'{key} = "auto" in the preset, and {laws.name} tells no {QUANTITIES_OF[key]}; give a number, as '
+                    f"in {key}={PLACEHOLDERS[key]:g}"
+                )
 
 
 @dataclass(frozen=True)
@@ -103,23 +117,27 @@ class Plan:
 
 def open_preset(path: str, overrides: Sequence[str]) -> Preset:
     """A preset, with placeholders for what a plan decides. ValueError for one that cannot be."""
-    raw = read(path)
-    for section, key, value in (("optim", "lr", 1e-3), ("optim", "weight_decay", 0.1), ("batch", "sequences", 1)):
-        if isinstance(raw.get(section), dict) and raw[section].get(key) == "auto":
+    raw, auto = read(path), set()
+    overridden = {each.partition("=")[0].strip() for each in overrides}
+    for name, value in PLACEHOLDERS.items():
+        section, key = name.split(".")
+        if isinstance(raw.get(section), dict) and raw[section].get(key) == AUTO:
             raw[section][key] = value
+            auto |= {name} - overridden
     config = validated(raw, overrides, path)
     if config.growth:
         raise ValueError(f"{path}: a plan is of one shape, and this run grows; take the [[growth]] entries out")
-    return Preset(raw, config)
+    return Preset(raw, config, frozenset(auto))
 
 
 def make_plan(laws: Laws, target: Target, preset: Preset | None, machine: Machine, far: bool = False) -> Plan:
     """The plan for a target. ValueError for bad input, `Unidentified` where the laws do not tell it."""
-    fits = told_by(laws, [name for name in QUANTITIES if name != "loss" or target.splits])
-    if not target.splits and (loss := law_for(laws.fits, "loss")[0]):
-        fits = {"loss": loss} | fits  # which nothing that is asked for depends on
-    if timescale := law_for(laws.fits, "timescale")[0]:
-        fits = fits | {"timescale": timescale}
+    needed = {"loss": target.splits, "timescale": preset is not None and "optim.weight_decay" in preset.auto}
+    fits = told_by(laws, [name for name in QUANTITIES if needed.get(name, True)])
+    # On the others nothing that is asked for depends.
+    others = {name: law_for(laws.fits, name)[0] for name in QUANTITIES if not needed.get(name, True)}
+    fits |= {name: fit for name, fit in others.items() if fit is not None}
+    fits = {name: fits[name] for name in QUANTITIES if name in fits}
     if not fits:
         raise ValueError(f"{laws.name} has no law of {', '.join(QUANTITIES)}")
     size = next(iter(fits.values())).size
@@ -193,7 +211,8 @@ def _shaped(
         tokens = target.compute / flops_per_token(model, seq_len)  # of this shape exactly
     raw = draft(preset, model, tokens, tensor)
     config = checked(raw)
-    known = {name: each for name, each in columns_of(config).items() if not name.startswith(("lr", "batch"))}
+    open_ = ("lr", "batch", "weight_decay") if "optim.weight_decay" in preset.auto else ("lr", "batch")
+    known = {name: each for name, each in columns_of(config).items() if not name.startswith(open_)}
     settled = partial(decisions.settle, found, laws.fits, laws.bowls, far=far)
     decision = answered(settled(known=known))
     if "batch_tokens" in fits:
@@ -203,17 +222,25 @@ def _shaped(
     raw["schedule"]["horizon"] = whole_steps(tokens, batch_tokens)
     if "lr" in fits:
         raw["optim"]["lr"] = round_rate(decision.proposal["lr"].value)
-    if "timescale" in fits:
-        run = {"batch_tokens": batch_tokens, "lr": raw["optim"]["lr"], "tokens": raw["schedule"]["horizon"]}
-        decay = decisions.weight_decay(decision.proposal["timescale"], run)
-        raw["optim"]["weight_decay"] = round_rate(decay.value)
-        decision = replace(decision, proposal={**decision.proposal, "weight_decay": decay})
+    if "timescale" in decision.proposal:
+        decision = _with_decay(decision, raw, batch_tokens)
+    preset.refuse_placeholders(decision.proposal, laws)
+    if "optim.weight_decay" in preset.auto:
+        raw["optim"]["weight_decay"] = round_rate(decision.proposal["weight_decay"].value)
     unalike = dict.fromkeys(said for fit in fits.values() for said in unlike(fit, config))
     warned = (Verdict("warning", "unlike", each) for each in unalike)
     decision = replace(decision, verdicts=(*decision.verdicts, *warned))
     raw["run"]["name"] += f"-{short(getattr(count(model), size))}-{short(tokens)}"
     held = held_by(raw, machine)
     return None if held is None else Plan(decision, fits, size, held[0], checked(held[0]), held[1])
+
+
+def _with_decay(decision: Decision, raw: Mapping[str, Any], batch_tokens: int) -> Decision:
+    """With the weight decay at the run's own rate, batch and length."""
+    batch, lr = (decisions.given(float(each)) for each in (batch_tokens, raw["optim"]["lr"]))
+    timescale = decision.proposal["timescale"]
+    decay = decisions.weight_decay(timescale, batch, lr, raw["schedule"]["horizon"])
+    return replace(decision, proposal={**decision.proposal, "weight_decay": decay})
 
 
 def draft(preset: Preset, model: ModelConfig, tokens: float, tensor: int) -> dict[str, Any]:
@@ -233,10 +260,11 @@ def whole_steps(tokens: float, batch_tokens: int) -> int:
 
 def _at_batch(best: Decision, given: Decision, batch_tokens: int) -> Decision:
     """The best decision with the rate and loss of the batch that the mesh carries, and a warning where it is off."""
-    moved = {name: given.proposal[name] for name in ("lr", "loss") if name in given.proposal}
+    moved = {name: given.proposal[name] for name in ("lr", "loss", "timescale") if name in given.proposal}
     plateaus = dict(best.plateau) | {name: each for name, each in given.plateau.items() if name == "lr"}
-    held = [each for each in given.verdicts if each.code == "stability"]
-    verdicts = (*(each for each in best.verdicts if each.code != "stability"), *held)
+    of_batch = ("stability", decisions.NOT_TOLD)
+    held = [each for each in given.verdicts if each.code in of_batch]
+    verdicts = (*(each for each in best.verdicts if each.code not in of_batch), *held)
     if (wanted := best.proposal.get("batch_tokens")) is not None:
         flat = best.plateau.get("batch_tokens", Plateau(wanted.value * 2 / 3, wanted.value * 3 / 2))
         if not flat.low <= batch_tokens <= flat.high:

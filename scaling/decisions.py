@@ -21,6 +21,7 @@ from scaling.table import column_of
 
 SIZES = ("N", "D", "C")
 TOO_FAR = "failure", "extrapolation"
+NOT_TOLD = "not_told"
 NOTHING = Decision({}, {}, {}, math.nan, math.nan)
 
 
@@ -71,7 +72,7 @@ def decide(
         told = at_sizes(found, fits, bowls, known, far=far, seed=seed)
     except ValueError as error:
         told = at_sizes(found, fits, bowls, known, far=far, seed=seed, quantities=("loss",))
-        told = replace(told, verdicts=(*told.verdicts, Verdict("warning", "not_told", f"no lr or batch: {error}")))
+        told = replace(told, verdicts=(*told.verdicts, Verdict("warning", NOT_TOLD, f"no lr or batch: {error}")))
     told = replace(told, target=target)
     if not is_too_far(told):
         return told
@@ -111,8 +112,7 @@ def sizes(
             for each in missing
             if each.code == "law"
         )
-        given = {"N": Estimate(n, n, n, 0.0), "D": Estimate(d, d, d, 0.0)}
-        return replace(NOTHING, target=asked, proposal=given, verdicts=tuple(said))
+        return replace(NOTHING, target=asked, proposal={"N": given(n), "D": given(d)}, verdicts=tuple(said))
     if loss is None:
         return replace(NOTHING, target=asked, verdicts=missing)
     found = allocate(loss, target["C"], flops_of)
@@ -152,12 +152,14 @@ def settle(
     one that is further from its data than is trusted, of code "extrapolation", with `far` a warning. ValueError for a
     column that a law of lr or batch needs and that is not known.
     """
-    known = {name: float(each) for name, each in known.items() if each > 0 and name != "lr"}
+    told = {"lr"} & set(quantities)  # which is not known yet
+    known = {name: float(each) for name, each in known.items() if each > 0 and name not in told}
     laws, said = {}, list(found.verdicts)
     for name in quantities:
         fit, missing = law_for(fits, name)
         laws |= {name: fit} if fit else {}
         said += [each for each in missing if each.code == "law" and name in AXES]
+    timescale = laws.pop("timescale", None)
     settings = [laws[name] for name in AXES if name in laws]
     compute = known.get("flops", math.nan)
     judged = reach(list(laws.values()), compute)
@@ -167,15 +169,15 @@ def settle(
     said += [each for each in best.verdicts if each.code not in ("extrapolation", "outside")]
     proposal = dict(found.proposal) | {name: best.proposal[name] for name in AXES if name in best.proposal}
     settled = known | {name: each.value for name, each in proposal.items() if name in AXES}
-    if "timescale" in laws:
-        proposal["timescale"] = value_at(laws["timescale"], settled)
-        if {"batch_tokens", "lr", "tokens"} <= settled.keys():
-            proposal["weight_decay"] = weight_decay(proposal["timescale"], settled)
+    if timescale is not None:
+        decay, why = _decay(timescale, settled, proposal, far)
+        proposal |= decay
+        said += why
     if "loss" in laws:
         try:
             proposal["loss"] = loss_at(laws["loss"], settled, best.excess)
         except ValueError as error:
-            said.append(Verdict("warning", "not_told", f"no loss is predicted: {error}"))
+            said.append(Verdict("warning", NOT_TOLD, f"no loss is predicted: {error}"))
     if len({fit.size for fit in laws.values()}) > 1 and len({known.get(name) for name in COUNTS}) == 1:
         counts = ", ".join(f"{name} by {fit.size}" for name, fit in laws.items())
         message = f"the laws count parameters differently ({counts}), and here the counts are taken as equal"
@@ -192,15 +194,43 @@ def settle(
     )
 
 
-def weight_decay(timescale: Estimate, known: Mapping[str, float]) -> Estimate:
-    """The weight decay of a timescale, at the learning rate, batch and tokens of a run; the interval is by the
-    timescale's alone."""
-    of = {name: known[name] for name in ("batch_tokens", "lr", "tokens")}
-    ends = (
-        weight_decay_of(each, **of) if each > 0 else math.inf
-        for each in (timescale.value, timescale.high, timescale.low)
-    )
-    return Estimate(*ends)
+def _decay(
+    fit: Fit, known: Mapping[str, float], proposal: Mapping[str, Estimate], far: bool
+) -> tuple[dict[str, Estimate], tuple[Verdict, ...]]:
+    """The timescale of a run's weight decay, and the decay where rate, batch and tokens are known. Nothing else depends
+    on them: where they are not told, a warning says why."""
+    judged = reach([fit], known.get("flops", math.nan))
+    failed = [each.message for each in judged if each.level == "failure" and not far]
+    try:
+        if failed:
+            raise ValueError(failed[0])
+        timescale = value_at(fit, known)
+    except ValueError as error:
+        return {}, (Verdict("warning", NOT_TOLD, f"no weight decay is told: {error}"),)
+    said = (*(replace(each, level="warning") for each in judged), *outside([fit], known))
+    if not {"batch_tokens", "lr", "tokens"} <= known.keys():
+        return {"timescale": timescale}, said
+    batch, lr = (proposal.get(name, given(known[name])) for name in ("batch_tokens", "lr"))
+    return {"timescale": timescale, "weight_decay": weight_decay(timescale, batch, lr, known["tokens"])}, said
+
+
+def given(value: float) -> Estimate:
+    """A number that is not estimated."""
+    return Estimate(value, value, value, 0.0)
+
+
+def weight_decay(timescale: Estimate, batch_tokens: Estimate, lr: Estimate, tokens: float) -> Estimate:
+    """The weight decay of a timescale, for a run of this batch, rate and length. The interval takes the three for
+    independent; where rate and batch rise together it is too wide."""
+    value = weight_decay_of(timescale.value, batch_tokens.value, lr.value, tokens)
+    up = math.hypot(_away(batch_tokens.high, batch_tokens), _away(lr.low, lr), _away(timescale.low, timescale))
+    down = math.hypot(_away(batch_tokens.low, batch_tokens), _away(lr.high, lr), _away(timescale.high, timescale))
+    return Estimate(value, value * math.exp(-down), value * math.exp(min(up, 700.0)) if math.isfinite(up) else math.inf)
+
+
+def _away(end: float, of: Estimate) -> float:
+    """How far an end of an interval is from the value, in logarithms."""
+    return abs(math.log(end / of.value)) if 0 < end < math.inf else math.inf
 
 
 def _settings(

@@ -5,10 +5,12 @@ takes it for a GPU. It cannot be taken out of a process again: `install` it in o
 """
 
 from contextlib import nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch._subclasses import FakeTensor, FakeTensorMode, fake_impls, fake_tensor
 from torch.utils import backend_registration
 
@@ -84,6 +86,8 @@ def install(*, reads: bool = False) -> FakeTensorMode:
     fake_tensor.run_fallback_kernel = _in_place
     if reads:
         fake_impls.op_implementations_dict |= READS
+    else:
+        _refuse_waits()
     ages._CHUNK[NAME] = ages._CHUNK["cuda"]
     torch.Tensor.is_cuda = property(lambda self: self.device.type == NAME)
     return mode
@@ -93,26 +97,43 @@ def _number(mode: FakeTensorMode, operator: Any, tensor: Tensor) -> bool | int |
     return {torch.bool: False, torch.float64: 1.0}.get(tensor.dtype, 0.0 if tensor.is_floating_point() else 0)
 
 
-def _copy(mode: FakeTensorMode, operator: Any, tensor: Tensor, *, device: Any = None, **options: Any) -> Any:
-    if device is None or torch.device(device).type != "cpu" or tensor.device.type != NAME:
-        return NotImplemented
-    return torch.zeros(tensor.shape, dtype=options.get("dtype") or tensor.dtype)
-
-
 def _everywhere(mode: FakeTensorMode, operator: Any, tensor: Tensor) -> Tensor:
     return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
 
 
 READS = {
     torch.ops.aten._local_scalar_dense.default: _number,
-    torch.ops.aten._to_copy.default: _copy,
     torch.ops.aten.nonzero.default: _everywhere,
 }
 """What the host reads of the accelerator's tensors: ones of float64, else zeros; and no entry of a mask is left out."""
 
 
+def _refuse_waits() -> None:
+    """Refuse copies to the host, which fake tensors allow. Numbers and shapes that depend on values they refuse."""
+    copy, copied = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
+    decompose = decomposition_table[copy]
+
+    @wraps(decompose)
+    def copy_elsewhere(tensor: Tensor, **options: Any) -> Tensor:
+        to_host = options.get("device") is not None and torch.device(options["device"]).type == "cpu"
+        assert not (to_host and tensor.device.type == NAME), "the host would wait"
+        return decompose(tensor, **options)
+
+    def copy_into(_: FakeTensorMode, __: Any, target: Tensor, source: Tensor, *___: Any, **____: Any) -> Any:
+        assert target.device.type != "cpu" or source.device.type != NAME, "the host would wait"
+        return NotImplemented
+
+    decomposition_table[copy] = copy_elsewhere
+    fake_impls.op_implementations_dict[copied] = copy_into
+
+
+FUSED: list[str] = []
+"""The fused optimizers that have run on it."""
+
+
 def _in_place(mode: FakeTensorMode, operator: Any, arguments: list[Any], *_: Any) -> None:
     """The fused optimizers, which fake tensors know no shapes of. Everything they take is on one device."""
     assert "_fused_" in str(operator), f"{operator} has no fake kernel"
+    FUSED.append(str(operator))
     elsewhere = [each for each in arguments if isinstance(each, Tensor) and each.device.type != NAME]
     assert not elsewhere, f"{operator} mixes devices: {elsewhere}"

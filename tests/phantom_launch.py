@@ -39,4 +39,6 @@ def disguise() -> None:
 
 if __name__ == "__main__":
     disguise()
-    sys.exit(pretrain.main(sys.argv[1:]))
+    code = pretrain.main(sys.argv[1:])
+    assert accelerator.FUSED, "no optimizer has run on the accelerator"
+    sys.exit(code)

@@ -163,10 +163,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = zero_sum(weight, wide) if needs_gradient else None
         for start in range(0, len(hidden), rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows, None]
-            valid = (target != IGNORE).to(wide)
-            index = target - first
-            here = (index >= 0) & (index < weight.shape[0])
-            index = index.where(here, 0)
+            here = target != IGNORE
+            valid, index = here.to(wide), (target - first).where(here, 0)
+            if over is not _WHOLE:  # of which a target that is in no slice is refused by the kernel that looks it up
+                here = here & (index >= 0) & (index < weight.shape[0])
+                index = index.where(here, 0)
             read, own, total, at_index = passes.reduce(product(chunk, weight), index)
             largest = own.clone()
             over.largest(largest)

@@ -74,6 +74,7 @@ def compile_block(block: nn.Module) -> None:
 def compile_loss(decoder: Decoder, device: torch.device) -> None:
     """Compile the loss's passes over its logits, but on a CPU: its chunk stays in the cache, and nothing is gained."""
     if device.type != "cpu":
+        torch._dynamo.config.recompile_limit = _GRAPHS
         decoder.cross_entropy.passes = compiled()
 
 

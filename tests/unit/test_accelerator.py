@@ -150,6 +150,16 @@ def read():
         return torch.zeros((), device=accelerator.NAME).item()
 
 
+def copy():
+    with MODE:
+        return torch.zeros(2, device=accelerator.NAME).cpu()
+
+
+def copy_into():
+    with MODE:
+        return torch.zeros(2).copy_(torch.zeros(2, device=accelerator.NAME))
+
+
 def mix():
     with MODE:
         return torch.zeros(2, device=accelerator.NAME) + torch.zeros(2)
@@ -158,5 +168,8 @@ def mix():
 def test_the_accelerator_refuses_what_a_gpu_would(on_accelerator):
     with pytest.raises(AssertionError, match="DataDependentOutputException"):
         on_accelerator(read)
+    for each in (copy, copy_into):
+        with pytest.raises(AssertionError, match="the host would wait"):
+            on_accelerator(each)
     with pytest.raises(AssertionError, match="at least two devices, phantom:0 and cpu"):
         on_accelerator(mix)

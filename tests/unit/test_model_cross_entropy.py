@@ -1,5 +1,7 @@
 """The chunked cross-entropy equals the plain one: values and gradients."""
 
+import re
+
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
@@ -92,6 +94,15 @@ def test_without_gradients_only_the_values(frozen):
     torch.testing.assert_close(loss[:2], expected, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("target", [-1, 53])
+@PASSES
+def test_a_target_outside_the_vocabulary_is_refused(passes, target):
+    hidden, weight, targets = case()
+    targets[3] = target
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        cross_entropy(None, passes)(hidden, weight, targets)
+
+
 @PASSES
 def test_large_logits_do_not_overflow(passes):
     hidden, weight, targets = case(dtype=torch.float32)
@@ -108,8 +119,8 @@ def test_a_loss_that_is_not_finite_is_not_hidden(passes):
     assert cross_entropy(None, passes)(hidden, weight, targets).cross_entropy.isnan()
 
 
-def test_compiled_each_pass_is_one_kernel_that_computes_the_same():
-    """With a last chunk of fewer rows, as a GPU's loss has it."""
+def test_compiled_the_passes_compute_the_same_in_place():
+    """With a last chunk of fewer rows, as a GPU's loss has it. How often a kernel reads is not looked at."""
     hidden, weight, targets = case(64, vocab_size=4096, dtype=torch.bfloat16)
     torch.compiler.reset()
 
@@ -123,6 +134,7 @@ def test_compiled_each_pass_is_one_kernel_that_computes_the_same():
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-6, atol=0)
     kernels = [program.count("async_compile.cpp_pybinding(") for program in programs]
     assert kernels == [1, 1, 1, 1], "two passes, of 48 rows and of any number"
+    assert not any(re.search(r"empty_strided_cpu\(\([^)]*4096", each) for each in programs), "no room for more logits"
 
 
 def test_never_more_logits_than_a_chunk():
