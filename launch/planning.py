@@ -88,7 +88,7 @@ class Preset:
 
     raw: dict[str, Any]
     config: RunConfiguration
-    auto: frozenset[str]
+    auto: frozenset[str] = frozenset()
     """The keys that are left to the laws, with placeholders in `raw` and `config`."""
 
     def refuse_placeholders(self, decided: Container[str], laws: Laws) -> None:
