@@ -1,23 +1,20 @@
 """From laws to the next run: the optimum, the shape, what the machine holds, and the file that says its sources."""
 
-import itertools
 import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launch import main as verbs
-from launch import plan, planning
+from launch import planning
 from launch.auto import columns_of, open_laws
 from launch.config import compose
-from launch.planning import Machine, Target, make_plan, open_preset
+from launch.planning import Machine, Target, open_preset
 from launch.shapes import Family
 from runtime.model.config import ModelConfig
 from runtime.model.counts import count, flops_per_token
@@ -25,36 +22,14 @@ from runtime.observe.memory import estimate
 from runtime.parallel.mesh import plan_layout
 from scaling import decisions, optima
 from scaling.laws import find
-from scaling.laws_file import write
 from scaling.proposal import allocate, law_for, value_at
-from scaling.results import Analysis, Bowl, Estimate, Verdict
-from scaling.table import RunTable, tidy
+from scaling.results import Verdict
 from tests.fits import HOFFMANN, batch_fit, fit, loss_fit, rate_fit
+from tests.plans import ONE, SMALL, bowls, grid, make_plan_of, run, small_fits, write_laws
 
 LLAMA = ModelConfig(
     num_layers=22, hidden_size=2048, intermediate_size=5632, num_heads=32, num_kv_heads=4, vocab_size=32000
 )
-ONE = Machine()
-SMALL = """
-[run]
-name = "small"
-[model]
-num_layers = 4
-hidden_size = 64
-intermediate_size = 192
-num_heads = 4
-num_kv_heads = 2
-vocab_size = 256
-[data]
-seq_len = 64
-sources = [{ path = "nowhere" }]
-[batch]
-sequences = "auto"
-[optim]
-lr = "auto"
-[schedule]
-horizon = "1M"
-"""
 
 
 @pytest.fixture
@@ -64,31 +39,9 @@ def preset(tmp_path):
     return str(path)
 
 
-def bowls(curvature=(0.009, -0.004, 0.02)):
-    one = Estimate(1.0, 1.0, 1.0)
-    return tuple(Bowl({"non_embedding": n, "tokens": 1e10}, 20, one, one, 2.5, curvature) for n in (1e8, 3e8))
-
-
-def write_laws(folder, *fits, table=None, **more):
-    rows = RunTable(pd.DataFrame()) if table is None else table
-    path = folder / "laws.json"
-    write(path, Analysis(rows, np.ones(len(rows), dtype=bool), (), fits, **more))
-    return str(path)
-
-
 @pytest.fixture
 def laws(tmp_path):
     return write_laws(tmp_path, loss_fit(), rate_fit(), batch_fit(), bowls=bowls())
-
-
-def small_fits(largest=1e13):
-    """Laws whose optimum lies at a few hundred thousand parameters."""
-    spans = {"N": (1e4, 1e6), "D": (1e5, 1e7), "C": (1e10, largest)}
-    return (
-        loss_fit(spans=spans),
-        fit("step_law_lr", {"c": 1e-2, "a": -0.2, "b": 0.1}, spans=spans),
-        fit("step_law_batch", {"c": 10.0, "b": 0.4}, spans=spans),
-    )
 
 
 # The optimum.
@@ -160,12 +113,6 @@ def test_a_size_below_the_family_is_refused():
 
 
 # The command.
-
-
-def run(capsys, *arguments):
-    code = plan.main(list(arguments))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_a_target_of_compute_is_told_with_intervals_and_plateaus(laws, capsys):
@@ -308,96 +255,6 @@ def test_the_plan_is_written_as_a_configuration_that_composes(tmp_path, preset, 
     assert code == 2 and "is there, and is another plan" in err
 
 
-def with_decay(preset, value='"auto"'):
-    """The preset with a weight decay."""
-    path = Path(preset)
-    path.write_text(path.read_text().replace("[optim]", f"[optim]\nweight_decay = {value}"))
-    return preset
-
-
-def test_a_law_of_the_timescale_gives_the_weight_decay(tmp_path, preset, capsys):
-    """At the rate and the batch of the run, and without one at those that are proposed."""
-    timescale = fit("weight_decay_timescale", {"c": 1.084, "b": -0.527})
-    laws, out = write_laws(tmp_path, *small_fits(), timescale, bowls=bowls()), tmp_path / "plans"
-    preset = with_decay(preset)
-    code, said, err = run(capsys, "--laws", laws, "--compute", "1e13", "--config", preset, "--out", str(out))
-    assert code == 0, err
-    config = compose(next(out.glob("*.toml")))
-    tau = 1.084 * (config.schedule.horizon / count(config.model).non_embedding) ** -0.527
-    steps = config.schedule.horizon / (config.batch.sequences * 64)
-    assert config.optim.weight_decay == pytest.approx(1 / (config.optim.lr * tau * steps), rel=0.02)
-    assert "timescale of weight decay" in said and "\nweight decay " in said
-    found = make_plan_of(laws, Target(compute=1e13), None).decision.proposal
-    rate, batch, tokens = (found[name].value for name in ("lr", "batch_tokens", "D"))
-    assert found["weight_decay"].value == pytest.approx(batch / (rate * found["timescale"].value * tokens))
-
-
-def test_the_interval_of_a_weight_decay_has_those_of_rate_and_batch():
-    one = Estimate(0.2, 0.1, 0.4)
-    found = decisions.weight_decay(one, Estimate(1e6, 5e5, 2e6), Estimate(1e-3, 5e-4, 2e-3), 1e10)
-    assert found.value == pytest.approx(0.5)
-    assert found.low == pytest.approx(0.5 * 2 ** -math.sqrt(3)) and found.high == pytest.approx(0.5 * 2 ** math.sqrt(3))
-
-
-def test_a_number_of_the_preset_stays(tmp_path, preset):
-    timescale = fit("weight_decay_timescale", {"c": 1.084, "b": -0.527})
-    laws = write_laws(tmp_path, *small_fits(), timescale, bowls=bowls())
-    plan = make_plan_of(laws, Target(compute=1e13), open_preset(with_decay(preset, 0.03), []))
-    assert plan.config.optim.weight_decay == 0.03 and plan.decision.proposal["weight_decay"].value != 0.03
-
-
-NOT_LEFT = {
-    "no law of the batch": ([small_fits()[1]], [], 'batch.sequences = "auto" in the preset, .* tells no batch_tokens'),
-    "no law of the decay": (small_fits()[1:], [], 'optim.weight_decay = "auto" in the preset'),
-    "not identified": (
-        [*small_fits()[1:], fit("weight_decay_timescale", {"c": 1.0, "b": -0.5}, level="failure")],
-        [],
-        "the law of timescale .* is not identified",
-    ),
-    "the next runs": (small_fits()[1:], ["--next", "2", "--budget", "2e13"], 'optim.weight_decay = "auto"'),
-}
-
-
-@pytest.mark.parametrize("case", NOT_LEFT)
-def test_what_the_preset_leaves_to_laws_is_never_a_placeholder(tmp_path, preset, capsys, case):
-    fits, more, said = NOT_LEFT[case]
-    laws = write_laws(tmp_path, *fits, table=grid() if more else None, bowls=bowls())
-    target = ("--params", "400K", "--tokens", "8M")
-    code, _, err = run(capsys, "--laws", laws, *target, "--config", with_decay(preset), *more)
-    assert code in (2, 3) and re.search(said, err)
-
-
-def test_a_timescale_that_is_not_told_takes_nothing_else_away(tmp_path):
-    """One of a small sweep, and one of a column that is not known."""
-    small = fit("weight_decay_timescale", {"c": 1.084, "b": -0.527}, largest=1e15)
-    unknown = fit("timescale = c * hidden_size^a", {"c": 1.0, "a": -0.1})
-    for each in (small, unknown):
-        found = decisions.decide({"C": 1e19}, [loss_fit(), rate_fit(), batch_fit(), each], bowls())
-        assert {"N", "D", "lr", "batch_tokens", "loss"} == set(found.proposal)
-        assert any(verdict.message.startswith("no weight decay is told: ") for verdict in found.verdicts)
-    far = decisions.decide({"C": 1e19}, [loss_fit(), rate_fit(), batch_fit(), small], bowls(), far=True)
-    assert "weight_decay" in far.proposal
-
-
-def test_a_timescale_is_told_at_the_batch_that_the_mesh_carries(tmp_path, preset):
-    follows = fit("timescale = c * B^a", {"c": 1.0, "a": -0.1})
-    laws = write_laws(tmp_path, *small_fits(), follows, bowls=bowls())
-    plan = make_plan_of(laws, Target(compute=1e13), open_preset(with_decay(preset), []), Machine(512))
-    batch = plan.config.batch.sequences * 64
-    assert plan.decision.proposal["timescale"].value == pytest.approx(batch**-0.1)
-
-
-def test_a_published_timescale_is_for_the_rate_of_the_preset(preset):
-    """The test vector of Power Lines: 1e9 parameters, 2e10 tokens, batches of 1e6, lr 3e-3."""
-    one, number = Estimate(1.084 * 20**-0.527, 0.0, math.inf), decisions.given
-    found = decisions.weight_decay(one, number(1e6), number(3e-3), 2e10)
-    assert found.value == pytest.approx(0.0745525, rel=1e-5) and (found.low, found.high) == (0.0, math.inf)
-    opened = open_preset(with_decay(preset), ["optim.lr=0.125", "batch.sequences=16"])
-    plan = make_plan_of("power-lines", Target(params=2e5, tokens=4e6), opened)
-    assert (plan.config.optim.lr, plan.config.batch.sequences) == (0.125, 16)
-    assert plan.config.optim.weight_decay == pytest.approx(plan.decision.proposal["weight_decay"].value, rel=5e-3)
-
-
 def test_a_hostile_name_of_the_laws_stays_a_comment(tmp_path, preset, capsys):
     folder = tmp_path / 'a\n[run]\nname = "b"'
     folder.mkdir()
@@ -417,10 +274,6 @@ def test_a_law_of_the_batch_alone_leaves_the_rate_of_the_preset(tmp_path, preset
     path = write_laws(tmp_path, small_fits()[2])
     found = make_plan_of(path, Target(params=2e5, tokens=1e6), open_preset(preset, ["optim.lr=0.125"]))
     assert found.config.optim.lr == 0.125
-
-
-def make_plan_of(path, target, preset, machine=ONE):
-    return make_plan(open_laws(path), target, preset, machine)
 
 
 # The machine.
@@ -508,19 +361,6 @@ def test_what_no_layout_holds_is_refused_with_the_least_that_would(tmp_path, pre
 # The next runs.
 
 
-def grid() -> RunTable:
-    """Cells of a known bowl, whose optimum in the largest lies at the lower edge of the rates."""
-    rows = []
-    for n, d in itertools.product((5e4, 1e5, 2e5), (1e6, 4e6)):
-        lr, batch = 10 * n**-0.5 * d**0.1, 4.0 * d**0.5
-        for i, j in itertools.product(range(-2, 3), range(-2, 3)):
-            x, y = i * math.log(2), j * math.log(2)
-            loss = (1.69 + 400 / n**0.34 + 400 / d**0.28) * math.exp(0.01 * x * x - 0.006 * x * y + 0.015 * y * y)
-            rows.append((n, d, lr * 2**i, batch * 2**j, loss * (1 + 2e-4 * math.sin(7 * i + 3 * j))))
-    frame = pd.DataFrame(rows, columns=["non_embedding", "tokens", "lr", "batch_tokens", "loss"])
-    return RunTable(tidy(frame.assign(status="finished")))
-
-
 def test_the_next_runs_are_written_within_the_budget(tmp_path, preset, capsys):
     laws, out = write_laws(tmp_path, *small_fits(), table=grid()), tmp_path / "next"
     target = ("--params", "400K", "--tokens", "8M")
@@ -537,19 +377,6 @@ def test_the_next_runs_are_written_within_the_budget(tmp_path, preset, capsys):
         assert count(config.model).non_embedding == pytest.approx(n, rel=0.3)
         assert config.schedule.horizon == pytest.approx(d, rel=0.02)
         assert config.optim.lr == pytest.approx(lr, rel=5e-3)
-
-
-def test_the_next_runs_have_the_weight_decay_of_a_law(tmp_path, preset, capsys):
-    timescale = fit("weight_decay_timescale", {"c": 1.084, "b": -0.527})
-    laws, out = write_laws(tmp_path, *small_fits(), timescale, table=grid()), tmp_path / "next"
-    target = ("--params", "400K", "--tokens", "8M", "--next", "2", "--budget", "2e13")
-    code, _, err = run(capsys, "--laws", laws, *target, "--config", with_decay(preset), "--out", str(out))
-    assert code == 0, err
-    for path in out.glob("*.toml"):
-        config = compose(path)
-        tau = 1.084 * (config.schedule.horizon / count(config.model).non_embedding) ** -0.527
-        steps = config.schedule.horizon / (config.batch.sequences * 64)
-        assert config.optim.weight_decay == pytest.approx(1 / (config.optim.lr * tau * steps), rel=5e-3)
 
 
 @pytest.mark.parametrize(("gib", "said"), [("0.001", r"alone need \d+ devices of 0.001 GiB"), ("1", None)])
