@@ -14,7 +14,7 @@ from scaling.cells import AXES
 from scaling.decisions import NOTHING, is_too_far, settle
 from scaling.laws import find
 from scaling.laws_file import read
-from scaling.proposal import inputs_of, law_for
+from scaling.proposal import inputs_of, law_for, reach
 from scaling.published import PUBLISHED, published
 from scaling.results import Bowl, Fit
 
@@ -28,6 +28,7 @@ COLUMNS = {
     "optim.weight_decay": ("weight_decay",),
 }
 """What is known of a run only once the key has its number."""
+TAKE_IT = "; law.far = true takes it nevertheless"
 DIGITS = 3
 """Of a learning rate and a weight decay."""
 GRAIN = 16
@@ -222,11 +223,12 @@ def _value(
         raise ValueError(f"{key}: {error}{hint}") from None
     warnings = [each.message for each in found.verdicts if each.level != "ok"]
     if is_too_far(found):
-        raise ValueError(f"{key}: {warnings[0]}; law.far = true takes it nevertheless")
+        raise ValueError(f"{key}: {warnings[0]}{TAKE_IT}")
     wanted = "weight_decay" if quantity == "timescale" else quantity
     if wanted not in found.proposal:
         reason = warnings[0] if warnings else "it needs the tokens of the run"
-        raise ValueError(f"{key}: {reason}{hint}")
+        judged = [] if far else reach([fit], known.get("flops", math.nan))
+        raise ValueError(f"{key}: {reason}{TAKE_IT if any(each.level == 'failure' for each in judged) else hint}")
     estimate = found.proposal[wanted]
     if key == "batch.sequences":
         value: float = round_batch(estimate.value, config, processes)

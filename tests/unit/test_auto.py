@@ -244,6 +244,25 @@ def test_a_law_that_is_not_identified_is_refused(preset, tmp_path):
         compose(preset, [f"law.source={path}"])
 
 
+def test_a_timescale_of_far_smaller_runs_is_refused_unless_asked_for(preset, tmp_path):
+    timescale = fit("weight_decay_timescale", {"c": 1.084, "b": -0.527}, largest=1e15)
+    path = write_laws(tmp_path / "laws.json", timescale)
+    given = [f"law.source={path}", "optim.weight_decay=auto", "optim.lr=0.003", "batch.sequences=64"]
+    with pytest.raises(ValueError, match=r"optim.weight_decay: .* times the most .*; law.far = true takes it"):
+        compose(preset, given)
+    assert compose(preset, [*given, "law.far=true"]).optim.weight_decay > 0
+
+
+def test_a_timescale_of_a_run_without_an_end_is_refused(preset, tmp_path):
+    path = write_laws(tmp_path / "laws.json", fit("timescale = c * N^a", {"c": 1.0, "a": -0.1}))
+    tokens = "[evaluation]\nevery = 1\n[checkpoint]\nevery = 1\n[law]"
+    text = preset.read_text().replace('horizon = "5B"', 'warmup = 0\nkind = "constant"').replace("[law]", tokens)
+    preset.write_text(text)
+    given = [f"law.source={path}", "optim.weight_decay=auto", "optim.lr=0.003", "batch.sequences=64"]
+    with pytest.raises(ValueError, match=r"optim.weight_decay: it needs the tokens of the run; give schedule.horizon"):
+        compose(preset, given)
+
+
 def test_far_extrapolation_is_taken_where_it_is_asked_for_with_a_warning(preset):
     record = compose(preset, ["schedule.horizon=100T", "law.far=true"]).law_record
     assert "times the most" in record["values"]["optim.lr"]["warnings"][0]
